@@ -130,7 +130,17 @@ def _reproduce(argv: Sequence[str], installed: list[str]) -> int:
         if not quiet:
             print(f"[{number}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
         module = "isotone." + name.replace("-", "_")
-        command = [sys.executable, "-m", module, "reproduce", "--scale", scale, "--out", str(out / name), *passed]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            "reproduce",
+            "--scale",
+            scale,
+            "--out",
+            str(out / name),
+            *passed,
+        ]
         codes[name] = subprocess.run(command).returncode
     from isotone.shared import claims
 
@@ -152,7 +162,9 @@ def _print_summary(names: Sequence[str], codes: Mapping[str, int], out: Path, sc
 
     from isotone.shared.claims import Report
 
-    table = Table("paper", "held", "not held", "not at this scale", "seconds", title=f"reproduce --scale {scale}")
+    table = Table(
+        "paper", "held", "not held", "not at this scale", "seconds", title=f"reproduce --scale {scale}"
+    )
     for name in names:
         path = out / name / f"reproduce-{scale}.json"
         if codes[name] and not path.exists():
@@ -181,7 +193,9 @@ def _report(argv: Sequence[str]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"expected a folder of results, got {str(folder)!r}")
-    found = sorted({path.parent for folder in folders for path in folder.rglob("*.json") if claims.is_result(path)})
+    found = sorted(
+        {path.parent for folder in folders for path in folder.rglob("*.json") if claims.is_result(path)}
+    )
     if not found:
         raise InputError(f"expected reproduce-*.json or bench-*.json below {str(folders[0])!r}, found none")
     print(claims.html_page(found, Path(ours.get("--out", folders[0] / "report.html"))))
@@ -226,7 +240,9 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         seeds = ()
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
-        raise InputError(f"expected --seeds as distinct numbers below 2**32 such as 0,1,2 or 0:5, got {text!r}")
+        raise InputError(
+            f"expected --seeds as distinct numbers below 2**32 such as 0,1,2 or 0:5, got {text!r}"
+        )
     return seeds
 
 
@@ -295,7 +311,10 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., A
             "out": (Path, Option(default, "--out", help="folder of everything written")),
             "seeds": (str | None, Option(None, "--seeds", help="0,1,2 or 0:3; the scale's own if not given")),
             "device": (str, Option("auto", "--device", help="auto, cpu or cuda")),
-            "resume": (bool, Option(True, "--resume/--fresh", help="continue what is in --out, or start anew")),
+            "resume": (
+                bool,
+                Option(True, "--resume/--fresh", help="continue what is in --out, or start anew"),
+            ),
             "json": (bool, Option(False, "--json", help="print one JSON document")),
             "quiet": (bool, Option(False, "--quiet", help="print nothing but errors")),
         }

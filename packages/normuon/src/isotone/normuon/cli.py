@@ -1,2 +1,5 @@
-def main(): print("stub")
+def main():
+    print("stub")
+
+
 app = main

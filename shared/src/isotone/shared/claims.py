@@ -1,0 +1,544 @@
+"""What a paper claims, what was measured, and the forms both are shown in: terminal, JSON, Markdown, HTML.
+
+The JSON is schema 1, which `validate` defines. A results file names no path of the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from isotone.shared._schema import CLAIM, HEAD, RATIO, reaches, validate
+from isotone.shared.checkpoint import atomic_write
+from isotone.shared.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+__all__ = [
+    *("ArmLog", "Claim", "Measurement", "Ratio", "Report"),
+    *("figure", "html_page", "is_result", "rewrite_readme", "validate"),
+]
+
+SCHEMA = 1
+_VERDICTS = {True: "held", False: "not held", None: "not at this scale"}
+_RESULT = re.compile(r"(reproduce-(smoke|cpu|gpu|paper)|bench-(cpu|gpu))\.json")
+_BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", re.S)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper that can be measured.
+
+    `source`: where the paper says it ("Table 2"). `paper`: its own figure. `threshold`: what our figure must
+    reach, at least ("min") or at most ("max"), for the claim to be held; None where this scale cannot tell.
+    """
+
+    id: str
+    statement: str
+    source: str
+    unit: str
+    paper: float | str | None
+    threshold: float | None
+    direction: Literal["min", "max"]
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("min", "max"):
+            raise ValueError(f"expected direction to be min or max, got {self.direction!r}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figure measured for a claim, None where not at this scale, with its spread over the seeds."""
+
+    claim: Claim
+    measured: float | None
+    spread: float | None = None
+
+    @property
+    def held(self) -> bool | None:
+        return reaches(self.measured, self.claim.threshold, self.claim.direction)
+
+    @property
+    def verdict(self) -> str:
+        """ "held", "not held" or "not at this scale"."""
+        return _VERDICTS[self.held]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ours beside a peer on the same work, in the same unit; `target` is the ratio to reach, if any."""
+
+    id: str
+    work: str
+    ours: str
+    peer: str
+    peer_version: str
+    ours_value: float
+    peer_value: float
+    unit: str
+    target: float | None
+    higher_is_better: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """How many times better ours is: above 1 ours is better, whatever the unit."""
+        ours, peer = float(self.ours_value), float(self.peer_value)
+        return ours / peer if self.higher_is_better else peer / ours
+
+    @property
+    def held(self) -> bool | None:
+        return reaches(self.ratio, self.target, "min")
+
+    @property
+    def verdict(self) -> str:
+        """ "held", "not held" or "not at this scale" (no target)."""
+        return _VERDICTS[self.held]
+
+
+@dataclass
+class Report:
+    """What one run of `reproduce` (`measurements`) or of `bench` (`ratios`) came to.
+
+    `data`: what `data.provenance` says of each piece of data. `figures`: matplotlib figures by name.
+    """
+
+    package: str
+    kind: Literal["reproduce", "bench"]
+    scale: str
+    seeds: Sequence[int]
+    framework: Literal["torch", "jax"]
+    measurements: Sequence[Measurement] = ()
+    ratios: Sequence[Ratio] = ()
+    data: Sequence[Mapping[str, str]] = ()
+    seconds: float = 0.0
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The stem of its files: "reproduce-cpu", "bench-gpu"."""
+        return f"{self.kind}-{self.scale}"
+
+    @property
+    def all_held(self) -> bool:
+        """Whether nothing is "not held"; what this scale cannot tell does not count."""
+        return all(item.held is not False for item in (*self.measurements, *self.ratios))
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """Code and machine the figures come from: version, commit, dirty, date, command, machine."""
+        from isotone.shared.device import machine
+
+        option = f"--scale {self.scale}" if self.kind == "reproduce" else "--device "
+        option += {"cpu": "cpu", "gpu": "cuda"}[self.scale] if self.kind == "bench" else ""
+        return {
+            **_code(self.package),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": f"isotone {self.package} {self.kind} {option}",
+            "machine": machine(self.framework),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a schema 1 document; `InputError` where it is not one (a NaN, a scale unknown)."""
+        if self.ratios if self.kind == "reproduce" else self.measurements:
+            raise ValueError("expected measurements in a reproduce report and ratios in a bench report")
+        own: dict[str, Any] = {
+            "schema": SCHEMA,
+            "package": self.package,
+            "scale": self.scale,
+            "seeds": [int(seed) for seed in self.seeds],
+            "data": [dict(item) for item in self.data],
+            "seconds": round(float(self.seconds), 3),
+        }
+        head = {**own, **self.origin}
+        items = {
+            "ratios": [_flat(RATIO, item, item) for item in self.ratios],
+            "claims": [_flat(CLAIM, item, item.claim) for item in self.measurements],
+        }
+        listed = "ratios" if self.kind == "bench" else "claims"
+        document = {**{name: head[name] for name in HEAD}, listed: items[listed]}
+        validate(document)
+        return document
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the JSON and, beside it, each figure as `NAME-FIGURE.png`; returns the JSON's path."""
+        folder = Path(folder)
+        document = self.to_json()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in self.figures.items():
+            _save_figure(figure, folder / f"{self.name}-{name}.png")
+        path = folder / f"{self.name}.json"
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        atomic_write(path, (text + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """The report in a results file; `InputError` naming file and field where anything is off."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+            validate(document)
+        except FileNotFoundError:
+            raise InputError(f"expected results in {str(path)!r}, found no such file") from None
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        machine = document["machine"]
+        report = cls(
+            package=document["package"],
+            kind="bench" if "ratios" in document else "reproduce",
+            scale=document["scale"],
+            seeds=tuple(document["seeds"]),
+            framework="torch" if "torch" in machine else "jax",
+            measurements=tuple(_measurement(item) for item in document.get("claims", ())),
+            ratios=tuple(_ratio(item) for item in document.get("ratios", ())),
+            data=document["data"],
+            seconds=document["seconds"],
+        )
+        own = {"schema", "package", "scale", "seeds", "data", "seconds"}
+        report.origin = {name: document[name] for name in HEAD if name not in own}
+        return report
+
+    def table(self) -> Table:
+        """The table for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        colours = {"held": "green", "not held": "bold red", "not at this scale": "dim"}
+        header, rows = self.rows()
+        table = Table(*header, title=f"{self.package}: {self.kind}, {self.scale}", title_justify="left")
+        for *cells, verdict, _ in rows:
+            table.add_row(*map(Text, cells), Text(verdict, colours[verdict]))
+        return table
+
+    def markdown(self) -> str:
+        """The table for a README, with a line on where the figures come from below it."""
+        header, rows = self.rows()
+        lines = [header, ["---"] * len(header)]
+        for *cells, verdict, needed in rows:
+            verdict = f"**{verdict}**" if verdict == "not held" else verdict
+            lines.append([*cells, f"{verdict} ({needed})" if needed else verdict])
+        table = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+        return f"{table}\n\n`{self.origin['command']}`: {self.conditions()}."
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Column names, and a row each: its cells, the verdict, and what the verdict asks for ("≥ 2")."""
+        if self.kind == "bench":
+            header = ["work", "ours", "peer", "ratio", "verdict"]
+            return header, [
+                [
+                    item.work,
+                    f"{item.ours}: {_figure(item.ours_value, unit=item.unit)}",
+                    f"{item.peer} {item.peer_version}: {_figure(item.peer_value, unit=item.unit)}",
+                    _figure(item.ratio) + " ×",
+                    item.verdict,
+                    "" if item.target is None else f"≥ {_figure(item.target)}",
+                ]
+                for item in self.ratios
+            ]
+        return ["claim", "paper", "measured", "verdict"], [
+            [
+                f"{item.claim.statement} ({item.claim.source})",
+                _figure(item.claim.paper, unit=item.claim.unit),
+                _figure(item.measured, item.spread, item.claim.unit),
+                item.verdict,
+                _threshold(item) if item.held is not None else "",
+            ]
+            for item in self.measurements
+        ]
+
+    def conditions(self) -> str:
+        """Seeds, time and machine in a line."""
+        machine = self.origin["machine"]
+        seeds = (
+            f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+            if self.seeds
+            else ""
+        )
+        where = machine["gpu"] if self.scale == "gpu" and machine["gpu"] else machine["cpu"] or "unknown CPU"
+        cores = f"{machine['cores']} cores of " if where == machine["cpu"] and machine["cores"] else ""
+        parts = [seeds, _duration(self.seconds), cores + where, f"{self.framework} {machine[self.framework]}"]
+        return ", ".join(part for part in parts if part)
+
+
+class ArmLog:
+    """The finished arms of an experiment, so that a run that was killed goes on where it stopped.
+
+    An arm is known by its name and `config` (whatever its result depends on: the package's version too, if it
+    should be run again after an upgrade). With `resume` false the stored arms of this `config` are deleted.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any], resume: bool) -> None:
+        self.folder = Path(folder) / "arms"
+        self.config = json.loads(_arm_json(config))
+        self.seconds = 0.0
+        """What the arms taken so far took to run, in this process or an earlier one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for path in self.folder.glob("*.json"):
+                if (stored := _stored_arm(path)) is None or stored["config"] == self.config:
+                    path.unlink()
+
+    def arm(self, name: str, function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The result of `function()`, run now or, where this arm is finished, earlier.
+
+        Either way it is what JSON gives back: tuples are lists, NumPy scalars and arrays are numbers and lists.
+        """
+        key = hashlib.sha256(_arm_json({"name": name, "config": self.config}).encode()).hexdigest()
+        path = self.folder / f"{key}.json"
+        stored = _stored_arm(path)
+        if stored is None:
+            start = time.monotonic()
+            result = function()
+            record = {
+                "name": name,
+                "config": self.config,
+                "result": result,
+                "seconds": time.monotonic() - start,
+            }
+            text = _arm_json(record)
+            atomic_write(path, text.encode())
+            stored = json.loads(text)
+        self.seconds += stored["seconds"]
+        return stored["result"]
+
+
+def is_result(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is named as results are: reproduce-SCALE.json or bench-DEVICE.json."""
+    return bool(_RESULT.fullmatch(Path(path).name))
+
+
+def figure(
+    title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (7.0, 4.2)
+) -> tuple[Figure, Axes]:
+    """An empty plot in the house's style: eight colours that the colour-blind can tell apart, no frame.
+
+    `size` in inches. The figure belongs to no window system and to no global state of matplotlib.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Okabe and Ito's colours, the yellow last, which is faint on white
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+    grey = "#555555"
+    style: dict[str, Any] = {
+        "axes.prop_cycle": matplotlib.cycler(color=colours),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": grey,
+        "axes.labelcolor": "#222222",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "xtick.color": grey,
+        "ytick.color": grey,
+        "font.size": 11,
+        "axes.titlesize": 13,
+        "axes.titleweight": "semibold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 12,
+    }
+    with matplotlib.rc_context(style):
+        drawing = Figure(figsize=size, layout="constrained", facecolor="white")
+        FigureCanvasAgg(drawing)
+        axes = drawing.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    return drawing, axes
+
+
+def rewrite_readme(path: str | os.PathLike[str]) -> str:
+    """The text of the README at `path`, each block from results:FILE to /results filled in anew.
+
+    FILE is relative to the README's folder; where it is absent the block says "not measured yet".
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+
+    def fill(match: re.Match[str]) -> str:
+        if "<!-- results:" in match[3]:
+            raise InputError(f"{path}: expected <!-- /results --> after the block of {match[2]}")
+        results = path.parent / match[2]
+        body = Report.load(results).markdown() if results.exists() else "not measured yet"
+        return f"{match[1]}\n{body}\n\n{match[4]}"
+
+    filled = _BLOCK.sub(fill, text)
+    opened = len(re.findall(r"^<!-- results:", text, re.M))
+    if opened != len(_BLOCK.findall(text)):
+        raise InputError(f"{path}: expected <!-- /results --> after every <!-- results:FILE -->")
+    return filled
+
+
+def html_page(
+    folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]
+) -> Path:
+    """One page at `path` of all results in `folders`, plots inside; it needs no other file, network or script."""
+    from isotone.shared._page import page
+
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    found = [
+        file
+        for folder in map(Path, folders)
+        if folder.is_dir()
+        for file in sorted(folder.iterdir(), reverse=True)
+    ]
+    reports = [
+        (Report.load(file), sorted(file.parent.glob(f"{file.stem}-*.png")))
+        for file in found
+        if is_result(file)
+    ]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, page(reports).encode())
+    return path
+
+
+def _flat(fields: Iterable[str], item: Measurement | Ratio, claim: Claim | Ratio) -> dict[str, Any]:
+    """The fields of a claim or ratio in the schema's order, NumPy's scalars as Python's."""
+    values = (getattr(item, name) if hasattr(item, name) else getattr(claim, name) for name in fields)
+    return dict(zip(fields, map(_python_scalar, values), strict=True))
+
+
+def _measurement(item: Mapping[str, Any]) -> Measurement:
+    claim = Claim(**{part.name: item[part.name] for part in dataclasses.fields(Claim)})
+    return Measurement(claim, item["measured"], item["spread"])
+
+
+def _ratio(item: Mapping[str, Any]) -> Ratio:
+    lower = math.isclose(item["ratio"] * item["ours_value"], item["peer_value"], rel_tol=1e-6)
+    stored = [part.name for part in dataclasses.fields(Ratio) if part.name in item]
+    return Ratio(**{name: item[name] for name in stored}, higher_is_better=not lower)
+
+
+def _python_scalar(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"expected strict JSON, got {name}")
+
+
+def _code(package: str) -> dict[str, Any]:
+    """Version, commit and dirty of the installed package.
+
+    The commit is null where the package's files are not git's (a wheel installed inside some checkout is in a
+    folder that git has, but is not tracked). Dirty means that source differs from the commit: the package's, or
+    that of isotone.shared beside it.
+    """
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+    from importlib.util import find_spec
+
+    module = "isotone." + package.replace("-", "_")
+    version = getattr(sys.modules.get(module), "__version__", None)
+    if version is None:
+        try:
+            version = installed_version(f"isotone-{package}")
+        except PackageNotFoundError:
+            pass
+    spec = find_spec(module)
+    if spec is None or not spec.origin:
+        return {"version": version, "commit": None, "dirty": None}
+    source, shared = Path(spec.origin).resolve(), Path(__file__).resolve()
+    commit = _git(source.parent, "rev-parse", "--verify", "HEAD")
+    if not commit or not _git(source.parent, "ls-files", source.name):
+        return {"version": version, "commit": None, "dirty": None}
+    folders = [
+        folder for folder in (source.parent, shared.parent) if _git(folder, "rev-parse", "HEAD") == commit
+    ]
+    dirty = any(_git(folder, "status", "--porcelain", ".") != "" for folder in folders)
+    return {"version": version, "commit": commit, "dirty": dirty}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints in `folder`, or None where it fails or is not there."""
+    # inside a hook, git's own variables would name another repository
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _save_figure(drawing: Figure, path: Path) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    # without the version of matplotlib, the same figure is the same file
+    drawing.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    atomic_write(path, buffer.getvalue())
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close(drawing)
+
+
+def _figure(value: float | str | None, spread: float | None = None, unit: str = "") -> str:
+    """A figure as a reader wants it: four digits, or as many as its spread leaves standing."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    shown = _number(value)
+    if spread is not None:
+        shown = f"{shown} ± {_number(spread)}"
+        decimals = 1 - math.floor(math.log10(spread)) if spread > 0 else 0
+        if spread > 0 and decimals <= 6 and abs(value) < 1e6:
+            shown = f"{value:,.{max(0, decimals)}f} ± {spread:,.{max(0, decimals)}f}"
+    return f"{shown} {unit}".rstrip()
+
+
+def _number(value: float) -> str:
+    size = abs(value)
+    if value == int(value) and size < 1e6:
+        return f"{int(value):,}"
+    if 1000 <= size < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if 1e-3 <= size < 1000 else f"{value:.3g}"
+
+
+def _threshold(item: Measurement) -> str:
+    sign = "≥" if item.claim.direction == "min" else "≤"
+    return f"{sign} {_figure(item.claim.threshold, unit=item.claim.unit)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _arm_json(value: Any) -> str:
+    def default(thing: Any) -> Any:
+        if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+            return dataclasses.asdict(thing)
+        if hasattr(thing, "tolist"):
+            return thing.tolist()
+        if isinstance(thing, os.PathLike):
+            return os.fspath(thing)
+        raise TypeError(f"expected what JSON can say, got {type(thing).__name__}: {thing!r}")
+
+    return json.dumps(value, sort_keys=True, default=default)
+
+
+def _stored_arm(path: Path) -> dict[str, Any] | None:
+    """The record in `path`, or None where there is none that can be read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored if {"name", "config", "result", "seconds"} <= set(stored) else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None

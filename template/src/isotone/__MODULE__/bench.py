@@ -1,0 +1,29 @@
+"""Speed beside the peers that a user would pick instead. FILL: the work, the peers, the check that they agree."""
+
+from __future__ import annotations
+
+from isotone.__MODULE__.method import method
+from isotone.shared.bench import compare
+from isotone.shared.claims import Ratio, Report
+from isotone.shared.cli import Run
+
+
+def bench(run: Run) -> Report:
+    """Time `method` beside its peers on the same work, equal answers checked first."""
+    values = [float(-i) for i in range(1000)]
+    assert method(values) == sorted(values)
+    timing = compare(lambda: method(values), lambda: sorted(values), rounds=20)
+    ratio = Ratio(
+        id="sorted",
+        work="1000 numbers",
+        ours="method",
+        peer="sorted",
+        peer_version="built in",
+        ours_value=timing.ours_seconds,
+        peer_value=timing.peer_seconds,
+        unit="s",
+        target=None,
+    )
+    return Report(
+        package="__NAME__", kind="bench", scale="cpu", seeds=(), framework="__FRAMEWORK__", ratios=[ratio]
+    )
