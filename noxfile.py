@@ -154,9 +154,7 @@ def workspace(session: nox.Session) -> None:
         env=_environment(session),
         external=True,
     )
-    session.run(
-        "python", "-m", "pytest", "tests", "--timeout=300", *session.posargs, env=_environment(session)
-    )
+    session.run("python", "-m", "pytest", "tests", "--timeout=300", *session.posargs, env=_environment(session))
 
 
 @nox.session
@@ -207,9 +205,7 @@ def _keep(session: nox.Session, name: str, verb: str, *arguments: str) -> None:
 def lock(session: nox.Session) -> None:
     """Upgrade the lock within the date of `exclude-newer` and rewrite constraints.txt."""
     session.run("uv", "lock", "--upgrade", external=True)
-    export = subprocess.run(
-        [*EXPORT.split(), "--no-hashes"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    export = subprocess.run([*EXPORT.split(), "--no-hashes"], cwd=ROOT, check=True, capture_output=True, text=True)
     (ROOT / CONSTRAINTS).write_text(export.stdout)
 
 
@@ -238,12 +234,8 @@ def new(session: nox.Session) -> None:
     project = ROOT / "pyproject.toml"
     text = project.read_text()
     text = text.replace("dependencies = [\n", f'dependencies = [\n    "isotone-{name}",\n', 1)
-    text = text.replace(
-        "[tool.uv.sources]\n", f"[tool.uv.sources]\nisotone-{name} = {{ workspace = true }}\n", 1
-    )
+    text = text.replace("[tool.uv.sources]\n", f"[tool.uv.sources]\nisotone-{name} = {{ workspace = true }}\n", 1)
     project.write_text(text)
     for tidy in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
         session.run("ruff", *tidy, str(target), external=True)
-    session.log(
-        f"packages/{name} is there. Fill in what `grep -rn FILL packages/{name}` names; then `nox -s lock`."
-    )
+    session.log(f"packages/{name} is there. Fill in what `grep -rn FILL packages/{name}` names; then `nox -s lock`.")

@@ -55,9 +55,7 @@ def test_the_command_reaches_a_paper():
 
 
 def test_reproduce_several_papers_into_one_page(tmp_path):
-    done = isotone(
-        "reproduce", *[path.name for path in PACKAGES[:2]], "--out", str(tmp_path), "--device", "cpu"
-    )
+    done = isotone("reproduce", *[path.name for path in PACKAGES[:2]], "--out", str(tmp_path), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "not held" in done.stdout and (tmp_path / "report.html").exists()
     page = (tmp_path / "report.html").read_text()
@@ -83,12 +81,8 @@ def test_constraints_are_the_lock(tmp_path):
     if done.returncode and re.search(r"error sending request|Failed to fetch|dns error|connect", done.stderr):
         pytest.skip("the package index can not be reached")
     assert done.returncode == 0, done.stderr
-    options = (
-        "--all-packages --all-groups --all-extras --no-emit-workspace --no-header --no-annotate --no-hashes"
-    )
-    export = subprocess.run(
-        [UV, "export", *options.split()], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    options = "--all-packages --all-groups --all-extras --no-emit-workspace --no-header --no-annotate --no-hashes"
+    export = subprocess.run([UV, "export", *options.split()], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert export.stdout == (ROOT / "constraints.txt").read_text(), "run `nox -s lock`"
 
 

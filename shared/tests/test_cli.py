@@ -30,9 +30,7 @@ def app():
     def reproduce(run: cli.Run, measured: float = 1.0) -> Report:
         """Measures."""
         claim = Claim("c", "a claim", "section 1", "s", 1.0, 1.0, "min")
-        return Report(
-            "example", "reproduce", "smoke", (0,), "torch", measurements=[Measurement(claim, measured)]
-        )
+        return Report("example", "reproduce", "smoke", (0,), "torch", measurements=[Measurement(claim, measured)])
 
     return app
 
@@ -67,17 +65,11 @@ def test_bad_seeds(text):
 
 
 def test_seeds():
-    assert (
-        cli.parse_seeds("0,4") == (0, 4)
-        and cli.parse_seeds("2:4") == (2, 3)
-        and cli.parse_seeds(None) is None
-    )
+    assert cli.parse_seeds("0,4") == (0, 4) and cli.parse_seeds("2:4") == (2, 3) and cli.parse_seeds(None) is None
 
 
 def test_list_is_fast_and_imports_no_paper():
-    code = (
-        "import sys; from isotone.shared.cli import dispatch; dispatch([]); print([m for m in sys.modules])"
-    )
+    code = "import sys; from isotone.shared.cli import dispatch; dispatch([]); print([m for m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = done.stdout.splitlines()[-1]
     assert not [name for name in HEAVY if f"'{name}'" in modules]

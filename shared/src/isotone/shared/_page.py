@@ -156,9 +156,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         kinds = ["lead"] + ["figure" if len(cell) < 40 or "<span" in cell else "text" for cell in row[1:]]
         cells = zip(header, kinds, row, strict=True)
-        body.append(
-            "".join(f'<td class="{k}" data-label="{escape(n)}"><div>{c}</div></td>' for n, k, c in cells)
-        )
+        body.append("".join(f'<td class="{k}" data-label="{escape(n)}"><div>{c}</div></td>' for n, k, c in cells))
     lines = "".join(f"<tr>{cells}</tr>\n" for cells in body)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>'
 
@@ -179,15 +177,11 @@ def _origin(report: Report) -> str:
     commit = f", commit {origin['commit'][:12]}" if origin["commit"] else ""
     facts = {
         "command": f"<code>{escape(origin['command'])}</code>",
-        "version": escape(
-            f"{origin['version'] or 'unknown'}{commit}{' with changes' if origin['dirty'] else ''}"
-        ),
+        "version": escape(f"{origin['version'] or 'unknown'}{commit}{' with changes' if origin['dirty'] else ''}"),
         "date": escape(origin["date"]),
         "seeds": ", ".join(map(str, report.seeds)) or "none",
         "machine": escape(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())),
-        "data": "<br>".join(
-            f"{escape(item['name'])} <code>sha256:{item['sha256']}</code>" for item in report.data
-        ),
+        "data": "<br>".join(f"{escape(item['name'])} <code>sha256:{item['sha256']}</code>" for item in report.data),
     }
     lines = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts.items() if value)
     return f"<details><summary>{escape(report.conditions())}</summary><dl>{lines}</dl></details>"

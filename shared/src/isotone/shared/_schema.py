@@ -71,9 +71,7 @@ CLAIM: dict[str, Check] = {
     "statement": _text(),
     "source": _text(),
     "unit": _STRING,
-    "paper": _or_null(
-        (lambda value: isinstance(value, str) or _is_number(value), "a finite number, a string")
-    ),
+    "paper": _or_null((lambda value: isinstance(value, str) or _is_number(value), "a finite number, a string")),
     "measured": _or_null(_NUMBER),
     "spread": _or_null(_AMOUNT),
     "threshold": _or_null(_NUMBER),
@@ -167,9 +165,7 @@ def _agreeing_ratio(item: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where}ratio: expected {peer} over {ours} or its inverse, got {ratio}")
     expected = reaches(ratio, item["target"], "min")
     if item["held"] is not expected:
-        raise InputError(
-            f"{where}held: expected {expected} from {ratio} >= {item['target']}, got {item['held']}"
-        )
+        raise InputError(f"{where}held: expected {expected} from {ratio} >= {item['target']}, got {item['held']}")
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -51,9 +51,7 @@ def compare(
     with _no_collector():
         for _ in range(rounds):
             ours_first = order.random() < 0.5
-            first, second = (
-                _sample(f, calls, device) for f in ((ours, peer) if ours_first else (peer, ours))
-            )
+            first, second = (_sample(f, calls, device) for f in ((ours, peer) if ours_first else (peer, ours)))
             pairs.append((first, second) if ours_first else (second, first))
     ratios = [peer_seconds / our_seconds for our_seconds, peer_seconds in pairs]
     low, high = median_interval(ratios)

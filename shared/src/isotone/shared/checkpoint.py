@@ -137,9 +137,7 @@ def load_file(path: str | os.PathLike[str], framework: str = "numpy") -> Checkpo
             raise torn
         return Checkpoint(saved["step"], _deserialize(data, framework), saved["state"], path)
     except (KeyError, json.JSONDecodeError):
-        raise InputError(
-            f"expected a checkpoint of isotone, got another safetensors file: {str(path)!r}"
-        ) from None
+        raise InputError(f"expected a checkpoint of isotone, got another safetensors file: {str(path)!r}") from None
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -246,9 +244,7 @@ def _extended_type(array: str, kind: str) -> Any:
     try:
         return np.dtype(getattr(importlib.import_module("ml_dtypes"), kind))
     except ImportError:
-        raise InputError(
-            f"expected framework='torch' for array {array!r}: NumPy alone has no {kind}"
-        ) from None
+        raise InputError(f"expected framework='torch' for array {array!r}: NumPy alone has no {kind}") from None
 
 
 def _take_lock(directory: Path) -> int:
@@ -260,9 +256,7 @@ def _take_lock(directory: Path) -> int:
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise InputError(
-            f"expected no other writer of {str(directory)!r}, process {holder} is writing it"
-        ) from None
+        raise InputError(f"expected no other writer of {str(directory)!r}, process {holder} is writing it") from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

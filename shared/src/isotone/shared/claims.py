@@ -263,11 +263,7 @@ class Report:
     def conditions(self) -> str:
         """Seeds, time and machine in a line."""
         machine = self.origin["machine"]
-        seeds = (
-            f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
-            if self.seeds
-            else ""
-        )
+        seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}" if self.seeds else ""
         where = machine["gpu"] if self.scale == "gpu" and machine["gpu"] else machine["cpu"] or "unknown CPU"
         cores = f"{machine['cores']} cores of " if where == machine["cpu"] and machine["cores"] else ""
         parts = [seeds, _duration(self.seconds), cores + where, f"{self.framework} {machine[self.framework]}"]
@@ -321,9 +317,7 @@ def is_result(path: str | os.PathLike[str]) -> bool:
     return bool(_RESULT.fullmatch(Path(path).name))
 
 
-def figure(
-    title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (7.0, 4.2)
-) -> tuple[Figure, Axes]:
+def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (7.0, 4.2)) -> tuple[Figure, Axes]:
     """An empty plot in the house's style: eight colours that the colour-blind can tell apart, no frame.
 
     `size` in inches. The figure belongs to no window system and to no global state of matplotlib.
@@ -381,24 +375,15 @@ def rewrite_readme(path: str | os.PathLike[str]) -> str:
     return filled
 
 
-def html_page(
-    folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]
-) -> Path:
+def html_page(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
     """One page at `path` of all results in `folders`, plots inside; it needs no other file, network or script."""
     from isotone.shared._page import page
 
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     found = [
-        file
-        for folder in map(Path, folders)
-        if folder.is_dir()
-        for file in sorted(folder.iterdir(), reverse=True)
+        file for folder in map(Path, folders) if folder.is_dir() for file in sorted(folder.iterdir(), reverse=True)
     ]
-    reports = [
-        (Report.load(file), sorted(file.parent.glob(f"{file.stem}-*.png")))
-        for file in found
-        if is_result(file)
-    ]
+    reports = [(Report.load(file), sorted(file.parent.glob(f"{file.stem}-*.png"))) for file in found if is_result(file)]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page(reports).encode())
@@ -455,9 +440,7 @@ def _code(package: str) -> dict[str, Any]:
     commit = _git(source.parent, "rev-parse", "--verify", "HEAD")
     if not commit or not _git(source.parent, "ls-files", source.name):
         return {"version": version, "commit": None, "dirty": None}
-    folders = [
-        folder for folder in (source.parent, shared.parent) if _git(folder, "rev-parse", "HEAD") == commit
-    ]
+    folders = [folder for folder in (source.parent, shared.parent) if _git(folder, "rev-parse", "HEAD") == commit]
     dirty = any(_git(folder, "status", "--porcelain", ".") != "" for folder in folders)
     return {"version": version, "commit": commit, "dirty": dirty}
 

@@ -162,9 +162,7 @@ def _print_summary(names: Sequence[str], codes: Mapping[str, int], out: Path, sc
 
     from isotone.shared.claims import Report
 
-    table = Table(
-        "paper", "held", "not held", "not at this scale", "seconds", title=f"reproduce --scale {scale}"
-    )
+    table = Table("paper", "held", "not held", "not at this scale", "seconds", title=f"reproduce --scale {scale}")
     for name in names:
         path = out / name / f"reproduce-{scale}.json"
         if codes[name] and not path.exists():
@@ -193,9 +191,7 @@ def _report(argv: Sequence[str]) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"expected a folder of results, got {str(folder)!r}")
-    found = sorted(
-        {path.parent for folder in folders for path in folder.rglob("*.json") if claims.is_result(path)}
-    )
+    found = sorted({path.parent for folder in folders for path in folder.rglob("*.json") if claims.is_result(path)})
     if not found:
         raise InputError(f"expected reproduce-*.json or bench-*.json below {str(folders[0])!r}, found none")
     print(claims.html_page(found, Path(ours.get("--out", folders[0] / "report.html"))))
@@ -240,9 +236,7 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         seeds = ()
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
-        raise InputError(
-            f"expected --seeds as distinct numbers below 2**32 such as 0,1,2 or 0:5, got {text!r}"
-        )
+        raise InputError(f"expected --seeds as distinct numbers below 2**32 such as 0,1,2 or 0:5, got {text!r}")
     return seeds
 
 
@@ -253,9 +247,7 @@ def paper_app(name: str, *, framework: str) -> typer.Typer:
     """
     import typer
 
-    app = typer.Typer(
-        name=name, no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=_summary(name)
-    )
+    app = typer.Typer(name=name, no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=_summary(name))
 
     @app.callback()
     def root() -> None: ...

@@ -112,9 +112,7 @@ def _download(source: Source, quiet: bool) -> Path:
             f"expected {source.url} to have SHA-256 {source.sha256}, it has changed or was cut short: {where}"
         ) from None
     except OSError as error:
-        raise InputError(
-            f"cannot download {source.name} from {source.url} ({_reason(error)}): {where}"
-        ) from None
+        raise InputError(f"cannot download {source.name} from {source.url} ({_reason(error)}): {where}") from None
 
 
 def _reason(error: OSError) -> str:

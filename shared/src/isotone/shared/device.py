@@ -39,9 +39,7 @@ def machine(framework: str) -> dict[str, Any]:
         "cpu": _try(_cpu_model),
         "cores": _try(_cores),
         "threads": _try(lambda: _threads(framework)),
-        "memory_gib": _try(
-            lambda: round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-        ),
+        "memory_gib": _try(lambda: round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)),
         "gpu": _try(lambda: _gpu_model(framework)),
         "python": platform.python_version(),
         framework: _try(lambda: str(import_module(framework).__version__)),
@@ -58,10 +56,7 @@ def _try(fact: Callable[[], Any]) -> Any:
 def _cpu_model() -> str | None:
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            or None
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return match[1].strip() if match else platform.machine() or None
 

@@ -53,9 +53,7 @@ def bar(description: str, total: float | None = None, quiet: bool = False) -> It
                 _display = None
 
 
-def track(
-    iterable: Iterable[T], description: str, total: float | None = None, quiet: bool = False
-) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str, total: float | None = None, quiet: bool = False) -> Iterator[T]:
     """The items of `iterable`, with a progress bar while they are taken."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)

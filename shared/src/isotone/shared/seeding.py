@@ -59,9 +59,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
             import torch
 
             torch.set_rng_state(_decode(state["torch"]))
-            for device, text in enumerate(
-                state.get("cuda", [])[: torch.cuda.device_count()]
-            ):  # pragma: no cover
+            for device, text in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):  # pragma: no cover
                 torch.cuda.set_rng_state(_decode(text), device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"expected a state that rng_state gave, got another ({error})") from None

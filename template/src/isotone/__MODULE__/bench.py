@@ -24,6 +24,4 @@ def bench(run: Run) -> Report:
         unit="s",
         target=None,
     )
-    return Report(
-        package="__NAME__", kind="bench", scale="cpu", seeds=(), framework="__FRAMEWORK__", ratios=[ratio]
-    )
+    return Report(package="__NAME__", kind="bench", scale="cpu", seeds=(), framework="__FRAMEWORK__", ratios=[ratio])

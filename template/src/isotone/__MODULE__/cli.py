@@ -19,9 +19,7 @@ app = paper_app("__NAME__", framework="__FRAMEWORK__")
 
 
 @verb(app)
-def reproduce(
-    run: Run, scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "smoke"
-) -> Report:
+def reproduce(run: Run, scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "smoke") -> Report:
     """Measure the paper's claims again."""
     if scale not in SCALES:
         raise InputError(f"expected --scale to be one of {', '.join(SCALES)}, got {scale!r}")

@@ -107,9 +107,7 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> list[An
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(
-    sender: Any, function: Any, rank: int, world: int, url: str, backend: str, timeout: float, args: Any
-):
+def _rank(sender: Any, function: Any, rank: int, world: int, url: str, backend: str, timeout: float, args: Any):
     try:
         from datetime import timedelta
 
@@ -161,9 +159,7 @@ def kill_and_resume(
             process.wait(moments.uniform(0, delay))
         process.send_signal(signal.SIGKILL)
         _, stderr = process.communicate()
-        assert process.returncode == -signal.SIGKILL, (
-            f"ended with {process.returncode} before the kill:\n{stderr}"
-        )
+        assert process.returncode == -signal.SIGKILL, f"ended with {process.returncode} before the kill:\n{stderr}"
     return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 

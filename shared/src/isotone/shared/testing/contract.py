@@ -103,9 +103,7 @@ def test_version_is_said_once() -> None:
     changelog = (FOLDER / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## (\d+\.\d+\.\d+)", changelog, re.M)
     assert newest and newest[1] == PROJECT["project"]["version"] == package().__version__
-    citation = re.search(
-        r"^version: *\"?([\d.]+)", (FOLDER / "CITATION.cff").read_text(encoding="utf-8"), re.M
-    )
+    citation = re.search(r"^version: *\"?([\d.]+)", (FOLDER / "CITATION.cff").read_text(encoding="utf-8"), re.M)
     assert citation and citation[1] == package().__version__
 
 
@@ -150,9 +148,7 @@ def test_arrows_point_one_way() -> None:
         for name in imports(tree):
             local = name.removeprefix(MODULE + ".").split(".")[0] if name.startswith(MODULE + ".") else ""
             assert front or local not in FRONT, f"{path.name} imports {name}"
-            assert front or name.split(".")[0] not in {"argparse", "typer", "click"}, (
-                f"{path.name} imports {name}"
-            )
+            assert front or name.split(".")[0] not in {"argparse", "typer", "click"}, f"{path.name} imports {name}"
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
         printed = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
         assert front or not printed, f"{path.name} prints"
@@ -160,9 +156,7 @@ def test_arrows_point_one_way() -> None:
 
 def test_nothing_is_unpickled_or_trusted() -> None:
     for path, tree in trees(SOURCE, FOLDER / "benchmarks"):
-        assert not {n.split(".")[0] for n in imports(tree)} & {"pickle", "dill", "cloudpickle", "joblib"}, (
-            path.name
-        )
+        assert not {n.split(".")[0] for n in imports(tree)} & {"pickle", "dill", "cloudpickle", "joblib"}, path.name
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             text = ast.unparse(call.func)
             options = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -262,9 +256,7 @@ def test_results_keep_the_schema() -> None:
     for path in results():
         text = path.read_text(encoding="utf-8")
         claims.validate(json.loads(text))
-        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", text), (
-            f"{path.name} names a machine's path"
-        )
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", text), f"{path.name} names a machine's path"
         assert path.stem.startswith(("reproduce-", "bench-"))
 
 
@@ -289,13 +281,9 @@ def test_readme_sections() -> None:
     assert [heading for heading in headings if heading in expected] == expected
 
 
-def test_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = [
-        block for block in readme_blocks(FOLDER / "README.md") if block.language in ("python", "console")
-    ]
+    blocks = [block for block in readme_blocks(FOLDER / "README.md") if block.language in ("python", "console")]
     first = next(block for block in blocks if block.language == "python")
     assert first.skipped is None and len(first.code.strip().splitlines()) <= 10
     namespace: dict[str, Any] = {"__name__": "__main__"}
