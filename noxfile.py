@@ -18,6 +18,26 @@ CONSTRAINTS = "constraints.txt"
 FAIL_SECONDS = 150  # tests(NAME) aims at 100 s on two cores
 COVERAGE = 90
 FAST = "not slow and not gpu and not network"
+FRAMEWORKS = {  # what stands for the template's words in a package of either framework
+    "torch": {
+        "__LIBRARY__": "torch>=2.11",
+        "__IMPORT__": "import torch",
+        "__ARRAY_IMPORT__": "from torch import Tensor",
+        "__ARRAY__": "Tensor",
+        "__MAKE__": "torch.tensor",
+        "__FINITE__": "torch.isfinite(values).all()",
+        "__SORT__": "torch.sort(values).values",
+    },
+    "jax": {
+        "__LIBRARY__": "jax>=0.10.2",
+        "__IMPORT__": "import jax.numpy as jnp",
+        "__ARRAY_IMPORT__": "from jax import Array",
+        "__ARRAY__": "Array",
+        "__MAKE__": "jnp.array",
+        "__FINITE__": "jnp.isfinite(values).all()",
+        "__SORT__": "jnp.sort(values)",
+    },
+}
 EXPORT = "uv export --all-packages --all-groups --all-extras --no-emit-workspace --no-header --no-annotate"
 
 nox.options.default_venv_backend = "uv"
@@ -216,13 +236,12 @@ def new(session: nox.Session) -> None:
         session.error("expected a name: nox -s new -- NAME [torch|jax]")
     name, framework, *_ = [*session.posargs, "torch"]
     target = ROOT / "packages" / name
-    if not name.replace("-", "").isalnum() or name != name.lower() or framework not in ("torch", "jax"):
+    if not name.replace("-", "").isalnum() or name != name.lower() or framework not in FRAMEWORKS:
         session.error(f"expected a lower-case name with hyphens and torch or jax, got {session.posargs}")
     if target.exists():
         session.error(f"expected a new name, got {name!r}: packages/{name} is there")
-    libraries = {"torch": "torch>=2.11", "jax": "jax>=0.10.2"}
     words = {"__NAME__": name, "__MODULE__": name.replace("-", "_"), "__FRAMEWORK__": framework}
-    words |= {"__LIBRARY__": libraries[framework], "__DATE__": time.strftime("%Y-%m-%d")}
+    words |= FRAMEWORKS[framework] | {"__DATE__": time.strftime("%Y-%m-%d")}
     for source in sorted(path for path in (ROOT / "template").rglob("*") if path.is_file()):
         path = target / str(source.relative_to(ROOT / "template")).replace("__MODULE__", words["__MODULE__"])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +255,6 @@ def new(session: nox.Session) -> None:
     text = text.replace("dependencies = [\n", f'dependencies = [\n    "isotone-{name}",\n', 1)
     text = text.replace("[tool.uv.sources]\n", f"[tool.uv.sources]\nisotone-{name} = {{ workspace = true }}\n", 1)
     project.write_text(text)
-    for tidy in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
+    for tidy in (["check", "--quiet", "--fix"], ["format", "--quiet"]):
         session.run("ruff", *tidy, str(target), external=True)
     session.log(f"packages/{name} is there. Fill in what `grep -rn FILL packages/{name}` names; then `nox -s lock`.")

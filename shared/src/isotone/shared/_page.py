@@ -1,4 +1,4 @@
-"""The HTML page of results: one file, readable on a phone and in the dark, that asks nothing of the network."""
+"""The HTML page of results: one file, readable on a phone and in the dark, asking nothing of the network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLE = """
   --missed-bg: #472015; --open: #b4bac3; --open-bg: #2b2f35; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: break-word;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif; }
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; margin: 0 0 .4rem; }
 h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 3.2rem 0 .2rem; }
@@ -41,7 +41,8 @@ td.figure { white-space: nowrap; }
   font-weight: 600; white-space: nowrap; color: var(--open); background: var(--open-bg); }
 .held { color: var(--held); background: var(--held-bg); }
 .missed { color: var(--missed); background: var(--missed-bg); }
-.needed { display: block; color: var(--soft); font-size: .82rem; margin: .15rem 0 0 .6rem; white-space: nowrap; }
+.needed { display: block; color: var(--soft); font-size: .82rem; margin: .15rem 0 0 .6rem;
+  white-space: nowrap; }
 .tally { display: flex; flex-wrap: wrap; gap: .5rem; margin: .9rem 0 1.4rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem;
   margin-top: 1rem; }
@@ -51,10 +52,11 @@ img { display: block; width: 100%; height: auto; background: #fff; border: 1px s
 figcaption { padding: .35rem .2rem 0; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: .7rem 0 0; font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: .7rem 0 0;
+  font-size: .9rem; }
 dt { color: var(--soft); }
 dd { margin: 0; min-width: 0; }
-code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+code { font: .88em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding-top: 1.8rem; }
   thead { display: none; }
@@ -168,7 +170,8 @@ def _pill(verdict: str, text: str = "") -> str:
 def _plot(path: Path, stem: str) -> str:
     name = escape(path.stem.removeprefix(stem + "-").replace("-", " ").replace("_", " "))
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{name}</figcaption></figure>"
 
 
 def _origin(report: Report) -> str:

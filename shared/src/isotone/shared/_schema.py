@@ -152,9 +152,8 @@ def _agreeing_claim(item: Mapping[str, Any], where: str) -> None:
     expected = reaches(item["measured"], item["threshold"], item["direction"])
     if item["held"] is not expected:
         sign = ">=" if item["direction"] == "min" else "<="
-        raise InputError(
-            f"{where}held: expected {expected} from {item['measured']} {sign} {item['threshold']}, got {item['held']}"
-        )
+        rule = f"{item['measured']} {sign} {item['threshold']}"
+        raise InputError(f"{where}held: expected {expected} from {rule}, got {item['held']}")
     if item["measured"] is None and item["spread"] is not None:
         raise InputError(f"{where}spread: expected null where nothing was measured, got {item['spread']}")
 
@@ -165,7 +164,8 @@ def _agreeing_ratio(item: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where}ratio: expected {peer} over {ours} or its inverse, got {ratio}")
     expected = reaches(ratio, item["target"], "min")
     if item["held"] is not expected:
-        raise InputError(f"{where}held: expected {expected} from {ratio} >= {item['target']}, got {item['held']}")
+        rule = f"{ratio} >= {item['target']}"
+        raise InputError(f"{where}held: expected {expected} from {rule}, got {item['held']}")
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:

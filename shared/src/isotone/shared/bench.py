@@ -1,4 +1,4 @@
-"""A/B timing on a machine that is not quiet: both sides interleaved, the ratio pair by pair, with its spread."""
+"""A/B timing on a machine that is not quiet: interleaved, the ratio taken pair by pair, with its spread."""
 
 from __future__ import annotations
 
@@ -50,9 +50,13 @@ def compare(
     pairs = []
     with _no_collector():
         for _ in range(rounds):
-            ours_first = order.random() < 0.5
-            first, second = (_sample(f, calls, device) for f in ((ours, peer) if ours_first else (peer, ours)))
-            pairs.append((first, second) if ours_first else (second, first))
+            if order.random() < 0.5:
+                our_seconds = _sample(ours, calls, device)
+                peer_seconds = _sample(peer, calls, device)
+            else:
+                peer_seconds = _sample(peer, calls, device)
+                our_seconds = _sample(ours, calls, device)
+            pairs.append((our_seconds, peer_seconds))
     ratios = [peer_seconds / our_seconds for our_seconds, peer_seconds in pairs]
     low, high = median_interval(ratios)
     ours_seconds, peer_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))

@@ -82,9 +82,7 @@ class CheckpointStore:
             raise ValueError(f"expected step to be at least 0, got {step}")
         later = [path for path in _newest_first(self.directory) if _step(path) > step]
         if whole := next(filter(_is_whole, later), None):
-            raise InputError(
-                f"expected a step past {_step(whole)}, which is saved in {str(self.directory)!r} already, got {step}"
-            )
+            raise InputError(f"expected a step past {_step(whole)}, saved in {str(self.directory)!r}, got {step}")
         data = _serialize(step, arrays, state)
         path = self.directory / f"step-{step:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
         atomic_write(path, data)
@@ -103,9 +101,10 @@ class CheckpointStore:
 
 
 def load_latest(directory: str | os.PathLike[str], framework: str = "numpy") -> Checkpoint | None:
-    """The newest whole checkpoint in `directory`, or None; a torn or corrupted one is passed over with a warning.
+    """The newest whole checkpoint in `directory`, or None.
 
-    `framework`: "numpy" or "torch", the kind of the returned arrays (on the CPU).
+    A torn or corrupted one is passed over with a warning; older ones are not read. `framework`: "numpy" or
+    "torch", the kind of the returned arrays (on the CPU).
     """
     for path in _newest_first(Path(directory)):
         try:
@@ -137,7 +136,7 @@ def load_file(path: str | os.PathLike[str], framework: str = "numpy") -> Checkpo
             raise torn
         return Checkpoint(saved["step"], _deserialize(data, framework), saved["state"], path)
     except (KeyError, json.JSONDecodeError):
-        raise InputError(f"expected a checkpoint of isotone, got another safetensors file: {str(path)!r}") from None
+        raise InputError(f"expected a checkpoint of isotone, got another file: {str(path)!r}") from None
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -244,7 +243,7 @@ def _extended_type(array: str, kind: str) -> Any:
     try:
         return np.dtype(getattr(importlib.import_module("ml_dtypes"), kind))
     except ImportError:
-        raise InputError(f"expected framework='torch' for array {array!r}: NumPy alone has no {kind}") from None
+        raise InputError(f"expected framework='torch' for {array!r}: NumPy alone has no {kind}") from None
 
 
 def _take_lock(directory: Path) -> int:
@@ -256,7 +255,7 @@ def _take_lock(directory: Path) -> int:
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise InputError(f"expected no other writer of {str(directory)!r}, process {holder} is writing it") from None
+        raise InputError(f"expected no other writer of {str(directory)!r}, found process {holder}") from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

@@ -181,6 +181,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in self.figures.items():
             _save_figure(figure, folder / f"{self.name}-{name}.png")
+        for old in set(_plots(folder, self.name)) - {folder / f"{self.name}-{name}.png" for name in self.figures}:
+            old.unlink()
         path = folder / f"{self.name}.json"
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
         atomic_write(path, (text + "\n").encode())
@@ -291,7 +293,7 @@ class ArmLog:
     def arm(self, name: str, function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The result of `function()`, run now or, where this arm is finished, earlier.
 
-        Either way it is what JSON gives back: tuples are lists, NumPy scalars and arrays are numbers and lists.
+        Either way it is what JSON gives back: tuples are lists, NumPy's scalars and arrays numbers and lists.
         """
         key = hashlib.sha256(_arm_json({"name": name, "config": self.config}).encode()).hexdigest()
         path = self.folder / f"{key}.json"
@@ -380,10 +382,8 @@ def html_page(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     from isotone.shared._page import page
 
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-    found = [
-        file for folder in map(Path, folders) if folder.is_dir() for file in sorted(folder.iterdir(), reverse=True)
-    ]
-    reports = [(Report.load(file), sorted(file.parent.glob(f"{file.stem}-*.png"))) for file in found if is_result(file)]
+    files = (file for folder in map(Path, folders) for file in sorted(folder.glob("*.json"), reverse=True))
+    reports = [(Report.load(file), _plots(file.parent, file.stem)) for file in files if is_result(file)]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page(reports).encode())
@@ -455,6 +455,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plots(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}-*.png"))
 
 
 def _save_figure(drawing: Figure, path: Path) -> None:

@@ -35,14 +35,12 @@ class Source:
 def fetch(source: Source, quiet: bool = False) -> Path:
     """The path of `source` on this machine: in ISOTONE_DATA_DIR, else in the cache, else downloaded into it.
 
-    The file is hashed wherever it comes from. Raises `InputError` where it is not what was expected, or is not
-    to be had.
+    The file is hashed wherever it comes from. Raises `InputError` where its hash is another, or where it is
+    not to be had.
     """
     if given := local(source.name):
         if (found := sha256(given)) != source.sha256:
-            raise InputError(
-                f"expected {source.name} in ISOTONE_DATA_DIR to have SHA-256 {source.sha256}, got {found}: {given}"
-            )
+            raise InputError(f"expected SHA-256 {source.sha256} of {str(given)!r} (ISOTONE_DATA_DIR), got {found}")
         return given
     return _download(source, quiet)
 
@@ -100,7 +98,7 @@ def _download(source: Source, quiet: bool) -> Path:
     import pooch
 
     cache = Path(pooch.os_cache("isotone"))
-    where = f"put the file at {cache / source.name}, or at {source.name} in the folder that ISOTONE_DATA_DIR names"
+    where = f"put it at {cache / source.name}, or at {source.name} in the folder that ISOTONE_DATA_DIR names"
     pooch.get_logger().setLevel("WARNING")
     try:
         with bar(source.name, quiet=quiet) as shown:
@@ -109,10 +107,10 @@ def _download(source: Source, quiet: bool) -> Path:
             return Path(pooch.retrieve(source.url, known_hash, source.name, cache, downloader=downloader))
     except ValueError:
         raise InputError(
-            f"expected {source.url} to have SHA-256 {source.sha256}, it has changed or was cut short: {where}"
+            f"expected SHA-256 {source.sha256} of {source.name} from {source.url}, got another file: {where}"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot download {source.name} from {source.url} ({_reason(error)}): {where}") from None
+        raise InputError(f"cannot get {source.name} from {source.url} ({_reason(error)}): {where}") from None
 
 
 def _reason(error: OSError) -> str:

@@ -16,7 +16,7 @@ from isotone.shared.errors import InputError
 
 
 def resolve(name: str = "auto", framework: str = "torch") -> str:
-    """The device `name` ("auto", "cpu" or "cuda") as "cpu" or "cuda"; "auto" takes the GPU where there is one.
+    """The device `name` ("auto", "cpu", "cuda") as "cpu" or "cuda"; "auto" takes a GPU where there is one.
 
     `framework` ("torch" or "jax") is the one asked. Raises `InputError` for "cuda" where it sees no GPU.
     """
@@ -39,7 +39,7 @@ def machine(framework: str) -> dict[str, Any]:
         "cpu": _try(_cpu_model),
         "cores": _try(_cores),
         "threads": _try(lambda: _threads(framework)),
-        "memory_gib": _try(lambda: round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)),
+        "memory_gib": _try(_memory_gib),
         "gpu": _try(lambda: _gpu_model(framework)),
         "python": platform.python_version(),
         framework: _try(lambda: str(import_module(framework).__version__)),
@@ -56,7 +56,7 @@ def _try(fact: Callable[[], Any]) -> Any:
 def _cpu_model() -> str | None:
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        return subprocess.check_output(command, text=True, timeout=10).strip() or None
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return match[1].strip() if match else platform.machine() or None
 
@@ -64,6 +64,10 @@ def _cpu_model() -> str | None:
 def _cores() -> int | None:
     """The cores that this process may use, which in a container are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
 def _threads(framework: str) -> int | None:

@@ -27,7 +27,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of the generators that `seed_everything` seeds, JSON-able; `set_rng_state` puts them back."""
+    """The states of the generators that `seed_everything` seeds, as JSON can say them."""
     import numpy as np
 
     version, words, gauss = random.getstate()
@@ -59,7 +59,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
             import torch
 
             torch.set_rng_state(_decode(state["torch"]))
-            for device, text in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):  # pragma: no cover
+            cuda = state.get("cuda", [])[: torch.cuda.device_count()]
+            for device, text in enumerate(cuda):  # pragma: no cover - needs a GPU
                 torch.cuda.set_rng_state(_decode(text), device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"expected a state that rng_state gave, got another ({error})") from None

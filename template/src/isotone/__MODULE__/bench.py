@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+__IMPORT__
 from isotone.__MODULE__.method import method
 from isotone.shared.bench import compare
 from isotone.shared.claims import Ratio, Report
@@ -10,9 +11,10 @@ from isotone.shared.cli import Run
 
 def bench(run: Run) -> Report:
     """Time `method` beside its peers on the same work, equal answers checked first."""
-    values = [float(-i) for i in range(1000)]
-    assert method(values) == sorted(values)
-    timing = compare(lambda: method(values), lambda: sorted(values), rounds=20)
+    numbers = [float(-i) for i in range(1000)]
+    values = __MAKE__(numbers)
+    assert method(values).tolist() == sorted(numbers)
+    timing = compare(lambda: method(values), lambda: sorted(numbers), rounds=20)
     ratio = Ratio(
         id="sorted",
         work="1000 numbers",

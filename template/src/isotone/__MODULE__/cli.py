@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+__IMPORT__
 
 from isotone.__MODULE__.bench import bench as run_bench
 from isotone.__MODULE__.method import method
@@ -41,7 +42,7 @@ def apply(run: Run, file: Annotated[Path, typer.Argument(help="a text file of nu
         raise InputError(f"expected a number on each line of {file}: {error}") from None
     run.out.mkdir(parents=True, exist_ok=True)
     target = run.out / "result.txt"
-    target.write_text("\n".join(map(str, method(values))), encoding="utf-8")
+    target.write_text("\n".join(map(str, method(__MAKE__(values)).tolist())), encoding="utf-8")
     return {"values": len(values), "written": str(target)}
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
+__IMPORT__
 from isotone.shared.errors import InputError
+from jaxtyping import Float
+__ARRAY_IMPORT__
 
 
-def method(values: Sequence[float]) -> list[float]:
+def method(values: Float[__ARRAY__, " n"]) -> Float[__ARRAY__, " n"]:
     """FILL: what it does (section, equation).
 
     `values`: n finite numbers. Returns n numbers in ascending order. Raises `InputError` on none, or on NaN.
     """
-    if not values or not all(math.isfinite(value) for value in values):
-        raise InputError(f"expected finite numbers, at least one, got {list(values)}")
-    return sorted(values)  # FILL: the method
+    if values.shape[0] == 0 or not __FINITE__:
+        raise InputError(f"expected finite numbers, at least one, got {values.tolist()}")
+    return __SORT__  # FILL: the method

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 
+__IMPORT__
 from isotone.__MODULE__.method import method
 from isotone.shared.claims import ArmLog, Claim, Measurement, Report
 from isotone.shared.cli import Run
@@ -42,7 +44,7 @@ def reproduce(scale: str, run: Run) -> Report:
     setting = SCALES[scale]
     seeds = run.seeds or setting.seeds
     arms = ArmLog(run.out, {"scale": scale, "length": setting.length}, run.resume)
-    shares = [arms(f"order-{seed}", lambda seed=seed: _arm(setting.length, seed))["share"] for seed in seeds]
+    shares = [arms.arm(f"order-{seed}", lambda seed=seed: _arm(setting.length, seed))["share"] for seed in seeds]
     return Report(
         package="__NAME__",
         kind="reproduce",
@@ -55,7 +57,6 @@ def reproduce(scale: str, run: Run) -> Report:
 
 
 def _arm(length: int, seed: int) -> dict[str, float]:
-    import random
-
-    values = method([random.Random(seed).random() for _ in range(length)])
+    source = random.Random(seed)
+    values = method(__MAKE__([source.random() for _ in range(length)])).tolist()
     return {"share": sum(a <= b for a, b in zip(values, values[1:], strict=False)) / (length - 1)}

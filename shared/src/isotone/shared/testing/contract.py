@@ -213,7 +213,7 @@ def test_job_runs(tmp_path: Path) -> None:
 
 def bad_inputs() -> list[tuple[list[str], str]]:
     verb = job().JOB[0]
-    return [([verb, "--no-such-option"], "--no-such-option"), ([verb, "--seeds", "a"], "--seeds"), *job().BAD]
+    return [([verb, "--no-such-option"], "--no-such-option"), (["reproduce", "--seeds", "a"], "--seeds"), *job().BAD]
 
 
 def test_bad_inputs_name_a_missing_file_and_nan() -> None:
