@@ -62,9 +62,14 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._release()
+        import fcntl
 
-    def _release(self) -> None:
+        if self._lock is not None:
+            # a child that was forked a moment ago may not have closed its copy yet
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._close()
+
+    def _close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -126,17 +131,17 @@ def load_file(path: str | os.PathLike[str], framework: str = "numpy") -> Checkpo
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"expected a checkpoint at {str(path)!r}, found none") from None
-    torn = InputError(f"expected a whole checkpoint, got a torn or corrupted one: {str(path)!r}")
     if hashlib.sha256(data).hexdigest() != match[2]:
-        raise torn
+        raise InputError(f"expected a whole checkpoint, got a torn or corrupted one: {str(path)!r}")
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         saved = json.loads(header["__metadata__"]["isotone"])
-        if saved["step"] != int(match[1]):
-            raise torn
-        return Checkpoint(saved["step"], _deserialize(data, framework), saved["state"], path)
-    except (KeyError, json.JSONDecodeError):
+        step, state = saved["step"], saved["state"]
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"expected a checkpoint of isotone, got another file: {str(path)!r}") from None
+    if step != int(match[1]):
+        raise InputError(f"expected a checkpoint of step {int(match[1])}, got step {step}: {str(path)!r}")
+    return Checkpoint(step, _deserialize(data, framework), state, path)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -266,7 +271,7 @@ _open_stores: weakref.WeakSet[CheckpointStore] = weakref.WeakSet()
 
 def _forget_locks() -> None:
     for store in list(_open_stores):
-        store._release()
+        store._close()
 
 
 # a forked data-loading worker would hold its parent's lock for as long as it outlives it

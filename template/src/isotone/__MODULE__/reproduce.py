@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 
 __IMPORT__
 from isotone.__MODULE__.method import method
@@ -44,7 +45,7 @@ def reproduce(scale: str, run: Run) -> Report:
     setting = SCALES[scale]
     seeds = run.seeds or setting.seeds
     arms = ArmLog(run.out, {"scale": scale, "length": setting.length}, run.resume)
-    shares = [arms.arm(f"order-{seed}", lambda seed=seed: _arm(setting.length, seed))["share"] for seed in seeds]
+    shares = [arms.arm(f"order-{seed}", partial(_arm, setting.length, seed))["share"] for seed in seeds]
     return Report(
         package="__NAME__",
         kind="reproduce",
