@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -256,5 +257,5 @@ def new(session: nox.Session) -> None:
     text = text.replace("[tool.uv.sources]\n", f"[tool.uv.sources]\nisotone-{name} = {{ workspace = true }}\n", 1)
     project.write_text(text)
     for tidy in (["check", "--quiet", "--fix"], ["format", "--quiet"]):
-        session.run("ruff", *tidy, str(target), external=True)
+        session.run(sys.executable, "-m", "ruff", *tidy, str(target), external=True)
     session.log(f"packages/{name} is there. Fill in what `grep -rn FILL packages/{name}` names; then `nox -s lock`.")

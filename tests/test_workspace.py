@@ -17,6 +17,7 @@ NINETEEN = """opgfn preroutgnn quamba2 seca lighthgnn logicere concrete-tickets 
 dependency-hypernet normuon transform-once rl100 vat ap-boltzmann swiftkv group-position-encoding sketching
 biomed-adaptation""".split()
 UV = shutil.which("uv")
+built = pytest.mark.skipif(not PACKAGES, reason="no package is built yet")
 
 
 def isotone(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +43,7 @@ def test_no_package_imports_another():
                 assert name not in others, f"{path} imports {name}"
 
 
+@built
 def test_the_command_lists_every_package():
     done = isotone()
     assert done.returncode == 0
@@ -49,11 +51,13 @@ def test_the_command_lists_every_package():
     assert listed == [path.name for path in PACKAGES]
 
 
+@built
 def test_the_command_reaches_a_paper():
     done = isotone(PACKAGES[0].name, "info", "--json")
     assert json.loads(done.stdout)["version"]
 
 
+@built
 def test_reproduce_several_papers_into_one_page(tmp_path):
     done = isotone("reproduce", *[path.name for path in PACKAGES[:2]], "--out", str(tmp_path), "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -117,12 +121,35 @@ def test_the_root_readme_equals_the_results():
 
 
 def test_the_nox_matrix():
-    listed = subprocess.run(
-        [sys.executable, "-c", "import nox"], capture_output=True
-    ).returncode == 0 and subprocess.run(
-        [sys.executable, "-m", "nox", "--list", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
-    if not listed:
-        pytest.skip("nox is not in this environment")
+    pytest.importorskip("nox")
+    listed = run("nox", "--list", "--json", cwd=ROOT)
     sessions = {entry["session"] for entry in json.loads(listed.stdout)}
     assert {f"tests({path.name})" for path in PACKAGES} <= sessions
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_new_package_keeps_its_contract(framework, tmp_path):
+    """`nox -s new` in a copy of the workspace; then the package's tests and its contract, from the source tree."""
+    pytest.importorskip("nox")
+    pytest.importorskip(framework)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "noxfile.py", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("shared", "template"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    made = run("nox", "-s", "new", "--", "throw-away", framework, cwd=copy)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert run("nox", "-s", "new", "--", "throw-away", cwd=copy).returncode, "a name that is taken is refused"
+    sources = [str(copy / "packages/throw-away/src"), str(copy / "shared/src")]
+    environment = {"ISOTONE_PACKAGE": "throw-away", "PYTHONPATH": os.pathsep.join(sources)}
+    tests = ["packages/throw-away/tests", "shared/src/isotone/shared/testing/contract.py"]
+    options = ["-q", "-o", "pythonpath=packages/throw-away/tests", "-p", "no:cacheprovider"]
+    done = run("pytest", *tests, *options, cwd=copy, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout
+    assert "FILL" in (copy / "packages/throw-away/README.md").read_text()
+    assert "isotone-throw-away = { workspace = true }" in (copy / "pyproject.toml").read_text()
+
+
+def run(module, *argv, **options):
+    return subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True, **options)

@@ -30,7 +30,7 @@ h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 3.2rem 0 .2rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .6rem; }
 p { margin: .2rem 0 .8rem; }
 a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--soft); }
-.soft, figcaption, summary { color: var(--soft); font-size: .9rem; }
+.soft, summary { color: var(--soft); font-size: .9rem; }
 .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .94rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: .78rem; color: var(--soft); padding: .7rem 1rem .5rem;
@@ -49,7 +49,6 @@ td.figure { white-space: nowrap; }
 figure { margin: 0; max-width: 44rem; }
 img { display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 10px; padding: .5rem; }
-figcaption { padding: .35rem .2rem 0; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: .7rem 0 0;
@@ -170,8 +169,7 @@ def _pill(verdict: str, text: str = "") -> str:
 def _plot(path: Path, stem: str) -> str:
     name = escape(path.stem.removeprefix(stem + "-").replace("-", " ").replace("_", " "))
     data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{name}</figcaption></figure>"
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _origin(report: Report) -> str:

@@ -221,7 +221,9 @@ class Report:
 
         colours = {"held": "green", "not held": "bold red", "not at this scale": "dim"}
         header, rows = self.rows()
-        table = Table(*header, title=f"{self.package}: {self.kind}, {self.scale}", title_justify="left")
+        table = Table(title=f"{self.package}: {self.kind}, {self.scale}", title_justify="left")
+        for name in header:
+            table.add_column(name, overflow="fold")
         for *cells, verdict, _ in rows:
             table.add_row(*map(Text, cells), Text(verdict, colours[verdict]))
         return table
@@ -344,7 +346,7 @@ def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = 
         "ytick.color": grey,
         "font.size": 11,
         "axes.titlesize": 13,
-        "axes.titleweight": "semibold",
+        "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.titlepad": 12,
     }
@@ -506,7 +508,7 @@ def _duration(seconds: float) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _arm_json(value: Any) -> str:
