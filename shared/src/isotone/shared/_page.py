@@ -121,7 +121,7 @@ def _lead(reports: Sequence[tuple[Report, Sequence[Path]]]) -> str:
 
 
 def _tally(reports: Sequence[Report]) -> str:
-    counts = Counter(item.verdict for report in reports for item in (*report.measurements, *report.ratios))
+    counts = Counter(item.verdict for report in reports for item in report.items)
     pills = [_pill(verdict, f"{counts[verdict]} {verdict}") for verdict in VERDICTS if counts[verdict]]
     return f'<div class="tally">{"".join(pills)}</div>'
 
@@ -129,7 +129,7 @@ def _tally(reports: Sequence[Report]) -> str:
 def _overview(reports: Sequence[Report]) -> str:
     rows = []
     for report in reports:
-        counts = Counter(item.verdict for item in (*report.measurements, *report.ratios))
+        counts = Counter(item.verdict for item in report.items)
         link = f'<a href="#{_anchor(report)}">{escape(report.package)}, {report.kind} {report.scale}</a>'
         rows.append([link, *(str(counts[verdict]) for verdict in VERDICTS), f"{report.seconds:,.0f}"])
     return _table(["run", *VERDICTS, "seconds"], rows)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIDENCE = 0.95
-# one sample lasts at least this long, so that the clock's own cost and grain are below a thousandth
-MIN_SAMPLE_SECONDS = 1e-3
+# a sample is longer than the slices in which a busy system hands out a core: a shorter one would mostly escape
+# being interrupted, and a longer one it is compared with would not
+MIN_SAMPLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,23 @@ def compare(
 ) -> Timing:
     """Time `ours` against `peer`, a pair a round, in random order within the pair.
 
-    The ratio is the median over the pairs: what slows the machine for a while slows both halves of a pair.
-    The interval is free of assumptions about the noise's shape; it misses the true median of the pairs' ratio
-    in at most 5 % of comparisons. `device` "cuda" waits for the GPU's work to end; JAX results are waited for
-    in any case. At least 6 rounds, below which there is no such interval.
+    Both halves of a pair last about as long, the quicker one being called more often, so that the machine's
+    noise falls on both alike: whatever its shape, a pair's ratio is then as often above the true one as below
+    it. The ratio is the median over the pairs; the interval misses the true ratio in at most 5 % of
+    comparisons. `device` "cuda" waits for the GPU's work to end; JAX results are waited for in any case. At
+    least 6 rounds, below which there is no such interval.
     """
-    calls = _calls_per_sample((ours, peer), rounds, warmup, device)
+    our_calls, peer_calls = _calls_per_sample((ours, peer), rounds, warmup, device)
     order = random.Random(0)
     pairs = []
     with _no_collector():
         for _ in range(rounds):
             if order.random() < 0.5:
-                our_seconds = _sample(ours, calls, device)
-                peer_seconds = _sample(peer, calls, device)
+                our_seconds = _sample(ours, our_calls, device)
+                peer_seconds = _sample(peer, peer_calls, device)
             else:
-                peer_seconds = _sample(peer, calls, device)
-                our_seconds = _sample(ours, calls, device)
+                peer_seconds = _sample(peer, peer_calls, device)
+                our_seconds = _sample(ours, our_calls, device)
             pairs.append((our_seconds, peer_seconds))
     ratios = [peer_seconds / our_seconds for our_seconds, peer_seconds in pairs]
     low, high = median_interval(ratios)
@@ -67,7 +69,7 @@ def measure(
     function: Callable[[], Any], *, rounds: int = 20, warmup: int = 5, device: str = "cpu"
 ) -> tuple[float, float]:
     """The median seconds of a call, and its spread: half the width of the median's 95 % interval."""
-    calls = _calls_per_sample((function,), rounds, warmup, device)
+    (calls,) = _calls_per_sample((function,), rounds, warmup, device)
     with _no_collector():
         samples = [_sample(function, calls, device) for _ in range(rounds)]
     low, high = median_interval(samples)
@@ -89,13 +91,16 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[rank - 1], ordered[n - rank]
 
 
-def _calls_per_sample(functions: Sequence[Callable[[], Any]], rounds: int, warmup: int, device: str) -> int:
+def _calls_per_sample(functions: Sequence[Callable[[], Any]], rounds: int, warmup: int, device: str) -> list[int]:
+    """For each function, after warming it up, the calls that make samples of one length."""
     if rounds < 6:
         raise ValueError(f"expected at least 6 rounds for a 95 % interval, got {rounds}")
     if warmup < 1:
         raise ValueError(f"expected at least 1 warm-up call, got {warmup}")
-    fastest = min(_sample(function, 1, device) for _ in range(warmup) for function in functions)
-    return max(1, math.ceil(MIN_SAMPLE_SECONDS / max(fastest, 1e-8)))
+    # the quickest of the warm-up calls is the one that was not interrupted, nor compiled on the way
+    quickest = [min(_sample(function, 1, device) for _ in range(warmup)) for function in functions]
+    length = max(MIN_SAMPLE_SECONDS, *quickest)
+    return [max(1, round(length / max(seconds, 1e-8))) for seconds in quickest]
 
 
 def _sample(function: Callable[[], Any], calls: int, device: str) -> float:

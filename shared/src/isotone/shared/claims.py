@@ -136,7 +136,12 @@ class Report:
     @property
     def all_held(self) -> bool:
         """Whether nothing is "not held"; what this scale cannot tell does not count."""
-        return all(item.held is not False for item in (*self.measurements, *self.ratios))
+        return all(item.held is not False for item in self.items)
+
+    @property
+    def items(self) -> list[Measurement | Ratio]:
+        """Everything that has a verdict."""
+        return [*self.measurements, *self.ratios]
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -326,15 +331,15 @@ def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = 
 
     `size` in inches. The figure belongs to no window system and to no global state of matplotlib.
     """
-    import matplotlib
+    from matplotlib import rc_context, rcsetup
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Okabe and Ito's colours, the yellow last, which is faint on white
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
     grey = "#555555"
-    style: dict[str, Any] = {
-        "axes.prop_cycle": matplotlib.cycler(color=colours),
+    style: Any = {
+        "axes.prop_cycle": rcsetup.cycler(color=colours),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": grey,
@@ -350,7 +355,7 @@ def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = 
         "axes.titlelocation": "left",
         "axes.titlepad": 12,
     }
-    with matplotlib.rc_context(style):
+    with rc_context(style):
         drawing = Figure(figsize=size, layout="constrained", facecolor="white")
         FigureCanvasAgg(drawing)
         axes = drawing.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -31,7 +31,8 @@ def rng_state() -> dict[str, Any]:
     import numpy as np
 
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import random
 import re
 import signal
@@ -51,7 +52,7 @@ def run_ranks(
     """Run `function(rank, world_size, *args)` in `world_size` spawned processes of one torch process group.
 
     The rendezvous is on loopback. `function` must be importable (tests/workers.py); what it returns is sent
-    back pickled. The first exception of a rank is raised here as `RuntimeError` with its traceback, and the
+    back pickled, tensors whole. A rank's exception is raised here as `RuntimeError` with its traceback, and the
     other ranks are ended.
     """
     import multiprocessing
@@ -85,29 +86,33 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> list[An
     from multiprocessing.connection import wait
 
     results: dict[int, Any] = {}
+    failures: list[str] = []
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-        failure = None
         if not ready:
-            failure = f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in time"
+            if not failures:
+                failures.append(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in time")
+            break
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                error, value = pipe.recv()  # type: ignore[union-attr]
+                error, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                error, value = f"rank ended with exit code {processes[rank].exitcode}", None
+                error, value = f"ended with exit code {processes[rank].exitcode}", None
             if error:
-                failure = f"rank {rank}: {error}"
+                failures.append(f"rank {rank}: {error}")
+                # the others fail in turn, when they miss this one; their words are worth a moment
+                deadline = min(deadline, time.monotonic() + 3)
             results[rank] = value
-        if failure:
-            for process in processes:
-                process.kill()
-            raise RuntimeError(failure)
+    if failures:
+        for process in processes:
+            process.kill()
+        raise RuntimeError("\n".join(failures))
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(sender: Any, function: Any, rank: int, world: int, url: str, backend: str, timeout: float, args: Any):
+def _rank(sender: Any, function: Any, rank: int, world: int, url: str, backend: str, timeout: float, args: Any) -> None:
     try:
         from datetime import timedelta
 
@@ -123,9 +128,9 @@ def _rank(sender: Any, function: Any, rank: int, world: int, url: str, backend: 
             dist.barrier()
         finally:
             dist.destroy_process_group()
-        sender.send((None, value))
+        sender.send_bytes(pickle.dumps((None, value)))
     except BaseException:
-        sender.send((traceback.format_exc(), None))
+        sender.send_bytes(pickle.dumps((traceback.format_exc(), None)))
     finally:
         sender.close()
 

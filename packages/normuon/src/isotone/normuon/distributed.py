@@ -1,0 +1,237 @@
+"""Who holds which part of a carrier, and how whole matrices reach the rank that orthogonalises them.
+
+Section 2.8 of arXiv 2510.05491 (FSDP2): row shards are exchanged by one all-to-all so that each rank holds
+whole matrices of its own, and a second one brings the results back. Bytes a matrix and step: 4 m n / N in
+bfloat16. Columns travel as rows of the transpose. Replicated parameters (DDP) are dealt out round-robin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from isotone.normuon.layout import Layout
+
+STRATEGIES = ("round_robin", "reduce_scatter")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a carrier is: whole (`dim` None), or its rows (0) or columns (1) cut over the ranks of `group`.
+
+    `chunk`: rows (columns) of the first ranks; the last ones hold fewer, or none. `offset`: this rank's first.
+    """
+
+    dim: int | None = None
+    group: Any = None
+    chunk: int = 0
+    offset: int = 0
+
+    @property
+    def world(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The global ranks of the group: equal on all of them, unlike the group object's identity."""
+        return () if self.group is None else tuple(dist.get_process_group_ranks(self.group))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (shared memory); any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placement_of(parameter: Tensor, layout: Layout, mesh: Any, name: str = "parameter") -> Placement:
+    """The placement of `parameter`'s carrier. Raises `ValueError` on a mesh or sharding that cannot be served."""
+    if not is_dtensor(parameter):
+        return Placement(group=None if mesh is None else group_of(mesh))
+    own, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    if mesh is not None and mesh != own:
+        raise ValueError(f"expected {name} on the optimizer's mesh {mesh}, got one on {own}")
+    sharded = [(i, p) for i, p in enumerate(placements) if p.is_shard()]
+    if any(p.is_partial() for p in placements) or len(sharded) > 1:
+        raise ValueError(f"expected {name} sharded over one mesh dimension at most, got placements {placements}")
+    if not sharded:
+        return Placement()
+    mesh_dim, placement = sharded[0]
+    group = own.get_group(mesh_dim)
+    shape = tuple(parameter.shape)
+    dim = placement.dim % len(shape)
+    per_index = layout.shape[0] // shape[0] if dim == 0 else _columns_per_index(shape, dim)
+    if per_index is None:
+        raise ValueError(f"expected {name} of shape {shape} sharded over its rows or columns, got Shard({dim})")
+    chunk = math.ceil(shape[dim] / dist.get_world_size(group)) * per_index
+    offset = min(own.get_local_rank(mesh_dim) * chunk, layout.shape[min(dim, 1)])
+    return Placement(min(dim, 1), group, chunk, offset)
+
+
+def _columns_per_index(shape: tuple[int, ...], dim: int) -> int | None:
+    """Columns of the carrier that one index of dimension `dim` covers, None where they are not in one piece."""
+    if len(shape) == 3:
+        return 1 if dim == 2 else None
+    return math.prod(shape[2:]) if dim == 1 else None
+
+
+def group_of(mesh: Any) -> Any:
+    """The process group of a 1-D device mesh, or the process group itself."""
+    if not hasattr(mesh, "get_group"):
+        return mesh
+    if mesh.ndim != 1:
+        raise ValueError(f"expected a 1-D mesh for parameters that are not DTensors, got {mesh}")
+    return mesh.get_group()
+
+
+def like_parameter(statistic: Tensor, parameter: Tensor, layout: Layout, placement: Placement) -> Tensor:
+    """`statistic` (this rank's rows, or one row of columns a block) as a DTensor that DCP can save and reshard."""
+    shape = tuple(parameter.shape)
+    along = 0 if layout.axis == "row" else 1
+    if along == 0:
+        view = (-1, shape[1], 1) if len(shape) == 3 else (-1, 1)
+    else:
+        view = (len(layout.blocks), shape[2]) if len(shape) == 3 else (len(layout.blocks), *shape[1:])
+    if not is_dtensor(parameter):
+        return statistic.reshape(view)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    kind = Shard(along) if placement.dim == along else Replicate()
+    placements = [kind if p.is_shard() else Replicate() for p in parameter.placements]  # type: ignore[attr-defined]
+    full = list(view)
+    if along == 0:
+        full[0] = shape[0]
+        here = statistic.reshape(view if statistic.numel() else (0, *full[1:]))
+    else:
+        here = statistic.reshape(view[0], *(-1 if i == 0 else n for i, n in enumerate(view[1:])))
+        if not here.numel():
+            here = statistic.new_zeros(view[0], 0, *view[2:])
+    stride = torch.empty(full, device="meta").stride()
+    return DTensor.from_local(
+        here, parameter.device_mesh, placements, run_check=False, shape=torch.Size(full), stride=stride
+    )  # type: ignore[attr-defined]
+
+
+class Exchange:
+    """The journey of one bucket: `start`, `matrices` (whole ones, of this rank), `send` back, `collect`.
+
+    `updates`: K local parts of one shape and placement. Where nothing is sharded, nothing moves.
+    """
+
+    def __init__(self, updates: Sequence[Tensor], layout: Layout, placement: Placement, wire: torch.dtype | None):
+        self.updates, self.layout, self.placement = updates, layout, placement
+        self.wire = wire or updates[0].dtype
+        self.world = placement.world
+        self.each = math.ceil(len(updates) / self.world)  # matrices a rank owns, the last ones padding
+        self.work: Any = None
+        self.buffer: Tensor | None = None
+        self.sent: Tensor | None = None
+
+    def start(self) -> None:
+        if self.world == 1:
+            return
+        if self.placement.dim is None:
+            rank = dist.get_rank(self.placement.group)
+            mine = self.updates[rank * self.each : (rank + 1) * self.each]
+            self.buffer = self.updates[0].new_zeros(self.each, *self.layout.shape)
+            for slot, update in zip(self.buffer, mine, strict=False):
+                slot.copy_(update)
+            return
+        self.sent = self._padded(self.updates)
+        self.buffer = torch.empty_like(self.sent)
+        self.work = dist.all_to_all_single(self.buffer, self.sent, group=self.placement.group, async_op=True)
+
+    def matrices(self) -> Tensor:
+        """(matrices of this rank, rows, columns); rows past the parameter's own are cut, padding matrices zero."""
+        if self.world == 1:
+            return torch.stack(list(self.updates)) if len(self.updates) > 1 else self.updates[0][None]
+        assert self.buffer is not None
+        if self.placement.dim is None:
+            return self.buffer
+        self.work.wait()
+        whole = self.buffer.view(self.world, self.each, *self.buffer.shape[1:]).transpose(0, 1).flatten(1, 2)
+        whole = whole[:, : self.layout.shape[self.placement.dim]]
+        return (whole.mT if self.placement.dim == 1 else whole).to(self.updates[0].dtype)
+
+    def send(self, orthogonal: Tensor) -> None:
+        if self.world == 1:
+            self.sent = orthogonal
+            return
+        if self.placement.dim is None:
+            self.sent = orthogonal.contiguous().to(self.wire)
+            self.buffer = self.sent.new_empty(self.world * self.each, *self.layout.shape)
+            self.work = dist.all_gather_into_tensor(
+                self.buffer, self.sent, group=self.placement.group, async_op=True
+            )
+            return
+        rows = (orthogonal.mT if self.placement.dim == 1 else orthogonal).to(self.wire)
+        padded = rows.new_zeros(self.each, self.world * self.placement.chunk, rows.shape[2])
+        padded[:, : rows.shape[1]] = rows
+        self.sent = padded.view(self.each, self.world, self.placement.chunk, -1).transpose(0, 1).flatten(0, 1)
+        self.sent = self.sent.contiguous()
+        self.buffer = torch.empty_like(self.sent)
+        self.work = dist.all_to_all_single(self.buffer, self.sent, group=self.placement.group, async_op=True)
+
+    def collect(self) -> Tensor:
+        """(K, local rows, local columns): this rank's part of every orthogonalised matrix."""
+        if self.world == 1:
+            assert self.sent is not None
+            return self.sent
+        assert self.buffer is not None
+        self.work.wait()
+        results = self.buffer[: len(self.updates)]
+        if self.placement.dim is not None:
+            held = self.updates[0].shape[self.placement.dim]
+            results = results[:, :held]
+            results = results.mT if self.placement.dim == 1 else results
+        return results.to(self.updates[0].dtype)
+
+    def _padded(self, updates: Sequence[Tensor]) -> Tensor:
+        """(world * each, chunk, other): what goes to rank r stands at r * each; missing rows are zero."""
+        parts = [update.T if self.placement.dim == 1 else update for update in updates]
+        other = self.layout.shape[1 - int(self.placement.dim or 0)]
+        out = torch.zeros(
+            *(self.world * self.each, self.placement.chunk, other), dtype=self.wire, device=updates[0].device
+        )
+        for slot, part in zip(out, parts, strict=False):
+            slot[: part.shape[0]].copy_(part)
+        return out
+
+
+def sum_over_ranks(pieces: Sequence[tuple[Tensor, Any]]) -> None:
+    """All-reduce every tensor over its group, in place: one call a group, whatever the number of tensors."""
+    groups: dict[int, tuple[Any, list[Tensor]]] = {}
+    for tensor, group in pieces:
+        groups.setdefault(id(group), (group, []))[1].append(tensor)
+    for group, tensors in groups.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def mean_scatter(gradients: Sequence[Tensor], group: Any) -> tuple[Tensor, int]:
+    """The averaged gradients of the matrices this rank owns (each, m, n), and its first index (ZeRO-2)."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    each = math.ceil(len(gradients) / world)
+    stacked = gradients[0].new_zeros(world * each, *gradients[0].shape)
+    for slot, gradient in zip(stacked, gradients, strict=False):
+        slot.copy_(gradient)
+    own = stacked.new_empty(each, *gradients[0].shape)
+    dist.reduce_scatter_tensor(own, stacked, group=group)
+    return own.div_(world), rank * each
+
+
+def gather_weights(own: Tensor, count: int, group: Any) -> Tensor:
+    """The weights of all `count` matrices from those each rank owns."""
+    whole = own.new_empty(dist.get_world_size(group) * own.shape[0], *own.shape[1:])
+    dist.all_gather_into_tensor(whole, own.contiguous(), group=group)
+    return whole[:count]

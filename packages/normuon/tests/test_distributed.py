@@ -1,0 +1,43 @@
+"""Invariants 9 and 10: real gloo processes give the weights of one process, whatever the layout."""
+
+import pytest
+import torch
+import workers
+from isotone.shared.testing import run_ranks
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {case: workers.single(settings) for case, settings in workers.CASES.items()}
+
+
+def close(got, expected, tolerance=1e-6):
+    return max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_layout_equals_one_process(world, alone):
+    found = run_ranks(workers.all_cases, world)[0]
+    averaged = {
+        case: workers.single(workers.CASES[case], grads=lambda step: workers.mean_gradients(step, world))
+        for case in ("plain", "muon", "column")
+    }
+    for (layout, case), weights in found.items():
+        expected = (averaged if layout in ("round_robin", "reduce_scatter") else alone)[case.replace("bf16", "plain")]
+        assert close(weights, expected, 1e-2 if case == "bf16" else 1e-6), (layout, case)
+    assert len(found) == 22 + (world == 4)
+
+
+def test_refusals():
+    texts = run_ranks(workers.refusals, 2)[0]
+    assert len(texts) == 4
+    assert "Shard(1)" in texts[0] and "placements" in texts[1] and "mesh" in texts[2] and "1-D mesh" in texts[3]
+
+
+def test_dcp_saved_on_two_ranks_loads_on_four(tmp_path):
+    saved, ended = run_ranks(workers.fsdp, 2, str(tmp_path), True)[0]
+    loaded, resumed = run_ranks(workers.fsdp, 4, str(tmp_path), False)[0]
+    assert len(saved) == len(loaded) > 10
+    assert all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True)), "the round trip is bit exact"
+    assert close(ended, workers.uninterrupted())
+    assert close(resumed, ended)
