@@ -3,6 +3,7 @@
 import pytest
 import torch
 import workers
+
 from isotone.shared.testing import run_ranks
 
 

@@ -136,10 +136,11 @@ def train(net, optimizer, steps):
 def fsdp(rank, world, folder, save):
     """FSDP2 training with uneven shards; DCP saved after three steps, or loaded there; weights after six."""
     import torch.distributed.checkpoint as dcp
-    from isotone.normuon import NorMuon, split_params
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    from isotone.normuon import NorMuon, split_params
 
     net = model()
     mesh = init_device_mesh("cpu", (world,))
@@ -175,9 +176,10 @@ def uninterrupted(steps=6):
 
 def refusals(rank, world):
     """Meshes and shardings that cannot be served: the messages."""
-    from isotone.normuon import NorMuon
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    from isotone.normuon import NorMuon
 
     mesh, grid = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (1, world))
     found = []

@@ -168,9 +168,7 @@ class Exchange:
         if self.placement.dim is None:
             self.sent = orthogonal.contiguous().to(self.wire)
             self.buffer = self.sent.new_empty(self.world * self.each, *self.layout.shape)
-            self.work = dist.all_gather_into_tensor(
-                self.buffer, self.sent, group=self.placement.group, async_op=True
-            )
+            self.work = dist.all_gather_into_tensor(self.buffer, self.sent, group=self.placement.group, async_op=True)
             return
         rows = (orthogonal.mT if self.placement.dim == 1 else orthogonal).to(self.wire)
         padded = rows.new_zeros(self.each, self.world * self.placement.chunk, rows.shape[2])

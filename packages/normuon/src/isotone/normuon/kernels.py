@@ -103,7 +103,7 @@ if triton is not None:
         add_ptr,
         out_ptr,
         k,
-        l,
+        depth_total,
         stride_xb,
         stride_xk,
         stride_xl,
@@ -126,8 +126,8 @@ if triton is not None:
         depth = tl.arange(0, DEPTH)
         x_ptr += batch * stride_xb
         total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        for start in range(0, l, DEPTH):
-            inside = start + depth < l
+        for start in range(0, depth_total, DEPTH):
+            inside = start + depth < depth_total
             left = tl.load(
                 x_ptr + rows[:, None] * stride_xk + (start + depth)[None, :] * stride_xl,
                 mask=(rows < k)[:, None] & inside[None, :],
@@ -187,13 +187,13 @@ if triton is not None:
 
 
 def _triton_product(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> Tensor:
-    batch, k, l = x.shape
+    batch, k, columns = x.shape
     out = torch.empty(batch, k, k, dtype=x.dtype, device=x.device)
     block, depth = (32, 32) if not x.is_cuda else (128, 64)
     tiles = triton.cdiv(k, block)
     added: Any = x if add is None else add
     _product_kernel[(tiles, tiles, batch)](
-        *(x, added, out, k, l),
+        *(x, added, out, k, columns),
         *(*x.stride(), *added.stride(), out.stride(0)),
         *(alpha, beta),
         HAS_ADD=add is not None,

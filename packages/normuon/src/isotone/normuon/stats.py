@@ -15,7 +15,7 @@ from isotone.normuon.orthogonalize import zeropower
 
 
 def matrix_stats(matrix: Float[Tensor, "m n"]) -> dict[str, float]:
-    """Extreme singular values, their ratio, stable rank, RMS, and the coefficients of variation of row and column norms.
+    """Extreme singular values and their ratio, stable rank, RMS, coefficients of variation of row and column norms.
 
     A row (column) norm that is zero counts. Computed in float64.
     """
