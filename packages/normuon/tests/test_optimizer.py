@@ -320,7 +320,8 @@ def test_update_stats():
     assert update_stats(optimizer) == {}
     run(optimizer, params, 1)
     stats = update_stats(optimizer)["0"]
-    assert stats["row_cv_after"] < 1e-6 < stats["row_cv"] and abs(stats["step_rms"] - 2e-4) < 1e-9
+    # the statistics are of the momentum, whose own norm meets Polar Express's eps of 1e-6: even to that order
+    assert stats["row_cv_after"] < 1e-4 < stats["row_cv"] and abs(stats["step_rms"] - 2e-4) < 1e-9
     assert 0.8 < stats["sigma_min"] <= stats["sigma_max"] < 1.2
     matrix = torch.diag(torch.tensor([3.0, 4.0]))
     assert matrix_stats(matrix)["sigma_max"] == 4 and abs(matrix_stats(matrix)["row_cv"] - 1 / 7) < 1e-9

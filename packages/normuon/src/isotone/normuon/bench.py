@@ -68,6 +68,7 @@ def bench(run: Run, shapes: str = "gpt-124m") -> Report:
             )
         )
     adamw = _stepper(lambda p: torch.optim.AdamW(p, fused=True), list_, where)
+    adamw()
     rows.append(
         Ratio(
             *("state-adamw", f"{shapes}, optimizer state", "NorMuon", "torch.optim.AdamW", torch.__version__),

@@ -103,9 +103,9 @@ def inspect(
         return {"matrices": found}
     if not run.quiet:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("matrix", *next(iter(found.values()), {}))
+        table = Table(Column("matrix", no_wrap=True), *next(iter(found.values()), {}))
         for name, stats in found.items():
             table.add_row(name, *(f"{value:.3g}" for value in stats.values()))
         Console().print(table)

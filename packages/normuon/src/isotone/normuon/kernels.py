@@ -70,7 +70,7 @@ def _blocked_product(x: Tensor, alpha: float, add: Tensor | None, beta: float, o
 def apply_update(
     weight: Float[Tensor, "rows columns"],
     orthogonal: Float[Tensor, "rows columns"],
-    scale: Float[Tensor, "rows one"] | Float[Tensor, "one columns"],
+    scale: Float[Tensor, "rows 1"] | Float[Tensor, "1 columns"],
     decay: float,
     cautious: bool,
 ) -> None:

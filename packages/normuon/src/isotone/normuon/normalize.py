@@ -17,7 +17,7 @@ SCALES = ("rms", "original", "spectral", "match_rms_adamw")
 
 def row_normalize(
     orthogonal: Float[Tensor, "*batch m n"],
-    second_moment: Float[Tensor, "*batch m one"],
+    second_moment: Float[Tensor, "*batch m 1"],
     beta2: float,
     eps: float,
 ) -> Float[Tensor, "*batch m n"]:
@@ -56,8 +56,8 @@ def shape_factor(scale: str | None, m: int, n: int) -> float:
 
 
 def step_factor(
-    scale: str | None, shape: Tensor, before: Float[Tensor, " p"], after: Float[Tensor, " p"]
-) -> Float[Tensor, " p"]:
+    scale: str | None, shape: Tensor, before: Float[Tensor, "k p"], after: Float[Tensor, "k p"]
+) -> Float[Tensor, "k p"]:
     """The factor of each matrix from ||O||² (`before`) and ||O^||² (`after`); 0 where O^ = 0 (2.9, step 6).
 
     `shape`: `shape_factor` of each matrix. "rms" divides by ||O^||; the others keep the norm of O.

@@ -71,9 +71,9 @@ def zeropower(
     `ValueError` on an unknown method or `steps` outside [1, 100).
     """
     check_method(method, steps)
-    matrices = updates.reshape(-1, *updates.shape[-2:])
-    if matrices.numel() == 0:
+    if updates.numel() == 0:
         return torch.zeros_like(updates)
+    matrices = updates.reshape(-1, *updates.shape[-2:])
     if callable(method):
         result = method(matrices)
     elif method == "svd":
