@@ -19,6 +19,8 @@ def close(got, expected, tolerance=1e-6):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_layout_equals_one_process(world, alone):
     found = run_ranks(workers.all_cases, world)[0]
+    texts = found.pop("refusals")
+    assert "Shard(1)" in texts[0] and "placements" in texts[1] and "mesh" in texts[2] and "1-D mesh" in texts[3]
     averaged = {
         case: workers.single(workers.CASES[case], grads=lambda step: workers.mean_gradients(step, world))
         for case in ("plain", "muon", "column")
@@ -27,12 +29,6 @@ def test_every_layout_equals_one_process(world, alone):
         expected = (averaged if layout in ("round_robin", "reduce_scatter") else alone)[case.replace("bf16", "plain")]
         assert close(weights, expected, 1e-2 if case == "bf16" else 1e-6), (layout, case)
     assert len(found) == 22 + (world == 4)
-
-
-def test_refusals():
-    texts = run_ranks(workers.refusals, 2)[0]
-    assert len(texts) == 4
-    assert "Shard(1)" in texts[0] and "placements" in texts[1] and "mesh" in texts[2] and "1-D mesh" in texts[3]
 
 
 def test_dcp_saved_on_two_ranks_loads_on_four(tmp_path):

@@ -42,13 +42,13 @@ def test_resumed_run_equals_the_uninterrupted_one(optimizer, tmp_path):
 
 def test_a_killed_command_resumes(tmp_path):
     (tmp_path / "text").write_bytes(b"shall I compare thee to a summer's day\n" * 60)
-    command = [sys.executable, "-m", "isotone.normuon", "train", "--text", "text", "--steps", "400", "--quiet"]
-    command += ["--dim", "16", "--layers", "1", "--context", "16", "--batch", "2", "--checkpoint-every", "20"]
+    command = [sys.executable, "-m", "isotone.normuon", "train", "--text", "text", "--steps", "200", "--quiet"]
+    command += ["--dim", "16", "--layers", "1", "--context", "16", "--batch", "2", "--checkpoint-every", "10"]
 
     def ready():
         return any((tmp_path / "killed" / "checkpoints").glob("step-*"))
 
-    done = kill_and_resume([*command, "--out", "killed"], ready=ready, seed=3, cwd=tmp_path, delay=0.2)
+    done = kill_and_resume([*command, "--out", "killed"], ready=ready, seed=3, cwd=tmp_path, delay=0.1)
     assert done.returncode == 0, done.stderr
     whole = run_cli(app, [*command[3:], "--out", "whole"], tmp_path)
     assert whole.code == 0, whole.stderr

@@ -110,6 +110,7 @@ def all_cases(rank, world):
     if world == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         found["hsdp", "plain"] = sharded(rank, world, "rows", {}, mesh)
+    found["refusals"] = refusals(rank, world)
     return found if rank == 0 else None
 
 

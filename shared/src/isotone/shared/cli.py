@@ -259,7 +259,7 @@ def paper_app(name: str, *, framework: str) -> typer.Typer:
         from isotone.shared import device
 
         module = importlib.import_module("isotone." + name.replace("-", "_"))
-        facts = {"paper": _summary(name) or module.__doc__.splitlines()[0], "version": module.__version__}
+        facts = {"paper": _summary(name) or (module.__doc__ or name).splitlines()[0], "version": module.__version__}
         _print_mapping({**facts, **device.machine(framework)}, as_json)
 
     return app

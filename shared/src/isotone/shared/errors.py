@@ -31,7 +31,7 @@ def run_app(app: Any, argv: Sequence[str], prog: str) -> int:
     import typer.main
 
     # typer carries click inside since 0.16 and depended on it before: take the class from typer's own public name
-    usage_errors = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    usage_errors: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
         code = typer.main.get_command(app).main(list(argv), prog_name=prog, standalone_mode=False)
         sys.stdout.flush()
@@ -39,7 +39,7 @@ def run_app(app: Any, argv: Sequence[str], prog: str) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _say(prog, "interrupted", INTERRUPTED)
     except usage_errors as error:
-        return _say(prog, error.format_message(), USAGE_ERROR)  # type: ignore[attr-defined]
+        return _say(prog, error.format_message(), USAGE_ERROR)
     except InputError as error:
         return _say(prog, str(error), USAGE_ERROR)
     except BrokenPipeError:

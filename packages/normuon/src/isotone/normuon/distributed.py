@@ -96,6 +96,7 @@ def like_parameter(statistic: Tensor, parameter: Tensor, layout: Layout, placeme
     """`statistic` (this rank's rows, or one row of columns a block) as a DTensor that DCP can save and reshard."""
     shape = tuple(parameter.shape)
     along = 0 if layout.axis == "row" else 1
+    view: tuple[int, ...]
     if along == 0:
         view = (-1, shape[1], 1) if len(shape) == 3 else (-1, 1)
     else:
@@ -115,9 +116,8 @@ def like_parameter(statistic: Tensor, parameter: Tensor, layout: Layout, placeme
         if not here.numel():
             here = statistic.new_zeros(view[0], 0, *view[2:])
     stride = torch.empty(full, device="meta").stride()
-    return DTensor.from_local(
-        here, parameter.device_mesh, placements, run_check=False, shape=torch.Size(full), stride=stride
-    )  # type: ignore[attr-defined]
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(here, mesh, placements, run_check=False, shape=torch.Size(full), stride=stride)
 
 
 class Exchange:

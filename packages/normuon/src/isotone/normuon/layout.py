@@ -82,12 +82,13 @@ def split_params(
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *norms)):
             apart |= {id(p) for p in module.parameters(recurse=False)}
-    matrices, others = [], []
+    matrices: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and id(parameter) not in apart
         (matrices if is_matrix else others).append((name, parameter))
     warn_of_embeddings(matrices)
-    groups = [{"params": matrices, "kind": "matrix"}, {"params": others, "kind": "adamw"}]
+    groups: list[dict[str, Any]] = [{"params": matrices, "kind": "matrix"}, {"params": others, "kind": "adamw"}]
     return [group for group in groups if group["params"]]
 
 
@@ -96,7 +97,7 @@ def warn_of_embeddings(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, parameter in named:
         rows, columns = parameter.shape[0], int(torch.Size(parameter.shape[1:]).numel())
         words = set(name.lower().replace("_", ".").split("."))
-        by_name = words & {"embed", "embedding", "embeddings", "wte", "wpe", "head", "unembed"} and "lm" not in name[:0]
+        by_name = words & {"embed", "embedding", "embeddings", "wte", "wpe", "head", "unembed"}
         if parameter.ndim == 2 and (by_name or rows > _SUSPICIOUS_ASPECT * columns):
             warnings.warn(
                 f"{name or 'a parameter'} of shape {tuple(parameter.shape)} is in a matrix group and looks like an "

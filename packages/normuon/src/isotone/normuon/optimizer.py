@@ -358,10 +358,10 @@ class Muon(Optimizer):
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         if not parameters:
             return
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self._strategy == "reduce_scatter" and self._mesh is not None:
             process_group = ranks.group_of(self._mesh)
-            gradients = [g.clone() for g in gradients if g is not None]
+            gradients = [g.clone() for g in gradients]
             ranks.sum_over_ranks([(g, process_group) for g in gradients])
             torch._foreach_div_(gradients, ranks.Placement(group=process_group).world)
         averages, squares, steps = [], [], []
@@ -375,7 +375,12 @@ class Muon(Optimizer):
             squares.append(state["exp_avg_sq"])
             steps.append(state["step"])
         functional_adamw(
-            *(parameters, gradients, averages, squares, [], steps),
+            parameters,
+            gradients,
+            averages,
+            squares,
+            [],
+            steps,
             foreach=self._foreach,
             amsgrad=False,
             beta1=group["betas"][0],

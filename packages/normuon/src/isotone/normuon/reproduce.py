@@ -12,6 +12,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Scale:
 
     base: TrainConfig
     seeds: tuple[int, ...]
-    rates: dict[str, tuple[float, ...]]
+    rates: Mapping[str, tuple[float, ...]]
     bytes: int = 1_100_000
     least_seeds: int = 5
     extra: dict[str, Any] = field(default_factory=dict)
