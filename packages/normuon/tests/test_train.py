@@ -42,7 +42,7 @@ def test_resumed_run_equals_the_uninterrupted_one(optimizer, tmp_path):
 
 def test_a_killed_command_resumes(tmp_path):
     (tmp_path / "text").write_bytes(b"shall I compare thee to a summer's day\n" * 60)
-    command = [sys.executable, "-m", "isotone.normuon", "train", "--text", "text", "--steps", "200", "--quiet"]
+    command = [sys.executable, "-m", "isotone.normuon", "train", "--text", "text", "--steps", "100", "--quiet"]
     command += ["--dim", "16", "--layers", "1", "--context", "16", "--batch", "2", "--checkpoint-every", "10"]
 
     def ready():
