@@ -8,27 +8,31 @@ from isotone.shared.testing import run_ranks
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return {case: workers.single(settings) for case, settings in workers.CASES.items()}
+def four_ranks():
+    return run_ranks(workers.all_cases, 4)[0]
 
 
 def close(got, expected, tolerance=1e-6):
     return max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)) < tolerance
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_layout_equals_one_process(world, alone):
-    found = run_ranks(workers.all_cases, world)[0]
-    texts = found.pop("refusals")
-    assert "Shard(1)" in texts[0] and "placements" in texts[1] and "mesh" in texts[2] and "1-D mesh" in texts[3]
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_layout_equals_one_process(size, four_ranks):
+    found = {key[1:]: weights for key, weights in four_ranks.items() if key[0] == size}
+    alone = {case: workers.single(settings) for case, settings in workers.CASES.items()}
     averaged = {
-        case: workers.single(workers.CASES[case], grads=lambda step: workers.mean_gradients(step, world))
+        case: workers.single(workers.CASES[case], grads=lambda step: workers.mean_gradients(step, size))
         for case in ("plain", "muon", "column")
     }
     for (layout, case), weights in found.items():
         expected = (averaged if layout in ("round_robin", "reduce_scatter") else alone)[case.replace("bf16", "plain")]
         assert close(weights, expected, 1e-2 if case == "bf16" else 1e-6), (layout, case)
-    assert len(found) == 22 + (world == 4)
+    assert len(found) == 22 + (size == 4)
+
+
+def test_refusals(four_ranks):
+    texts = four_ranks["refusals"]
+    assert "Shard(1)" in texts[0] and "placements" in texts[1] and "mesh" in texts[2] and "1-D mesh" in texts[3]
 
 
 def test_dcp_saved_on_two_ranks_loads_on_four(tmp_path):

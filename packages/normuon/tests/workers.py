@@ -54,11 +54,8 @@ def placements_for(layout, ndim):
     return {"rows": Shard(0), "replicate": Replicate()}[layout]
 
 
-def sharded(rank, world, layout, settings, mesh=None, steps=STEPS):
-    from torch.distributed.device_mesh import init_device_mesh
+def sharded(mesh, layout, settings, steps=STEPS):
     from torch.distributed.tensor import Replicate, distribute_tensor
-
-    mesh = mesh or init_device_mesh("cpu", (world,))
 
     def distribute(tensor):
         placement = [Replicate()] * (mesh.ndim - 1) + [placements_for(layout, tensor.ndim)]
@@ -73,11 +70,12 @@ def sharded(rank, world, layout, settings, mesh=None, steps=STEPS):
     return [p.detach().full_tensor().clone() for p in parameters]
 
 
-def replicated(rank, world, strategy, settings):
-    import torch.distributed as dist
-
+def replicated(mesh, strategy, settings):
+    rank, world = mesh.get_local_rank(), mesh.size()
     parameters = [torch.nn.Parameter(w) for w in initial()]
-    optimizer = make(parameters, {**settings, "mesh": dist.group.WORLD, "strategy": strategy})
+    optimizer = make(
+        parameters, {**settings, "mesh": mesh.get_group() if strategy == "round_robin" else mesh, "strategy": strategy}
+    )
     for step in range(STEPS):
         grads = gradients(step, rank) if strategy == "reduce_scatter" else mean_gradients(step, world)
         for parameter, gradient in zip(parameters, grads, strict=True):
@@ -96,20 +94,26 @@ CASES = {
 
 
 def all_cases(rank, world):
-    """Every layout and setting at this world size: {(layout, case): weights}."""
-    from torch.distributed.device_mesh import init_device_mesh
+    """Every layout and setting on the first 1, 2, ... of the ranks: {(size, layout, case): weights}.
+
+    One spawn serves all sizes: a mesh of fewer ranks is a group of its own, and the others stay out of it.
+    """
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     found = {}
-    for layout in ("rows", "columns", "replicate"):
-        for case, settings in CASES.items():
-            found[layout, case] = sharded(rank, world, layout, settings)
-    found["rows", "bf16"] = sharded(rank, world, "rows", {"wire": "bfloat16"})
-    for strategy in ("round_robin", "reduce_scatter"):
-        for case in ("plain", "muon", "column"):
-            found[strategy, case] = replicated(rank, world, strategy, CASES[case])
-    if world == 4:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        found["hsdp", "plain"] = sharded(rank, world, "rows", {}, mesh)
+    for size in range(1, world + 1):
+        mesh = DeviceMesh("cpu", torch.arange(size))
+        if rank >= size:
+            continue
+        for layout in ("rows", "columns", "replicate"):
+            for case, settings in CASES.items():
+                found[size, layout, case] = sharded(mesh, layout, settings)
+        found[size, "rows", "bf16"] = sharded(mesh, "rows", {"wire": "bfloat16"})
+        for strategy in ("round_robin", "reduce_scatter"):
+            for case in ("plain", "muon", "column"):
+                found[size, strategy, case] = replicated(mesh, strategy, CASES[case])
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    found[world, "hsdp", "plain"] = sharded(mesh, "rows", {})
     found["refusals"] = refusals(rank, world)
     return found if rank == 0 else None
 
