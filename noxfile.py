@@ -97,7 +97,8 @@ def _pytest(session: nox.Session, name: str, *arguments: str) -> None:
     session.run(
         *("python", "-m", "pytest", *arguments, "-o", f"pythonpath={_folder(name)}/tests", *hook),
         *("--timeout=300", "--durations=8", *session.posargs),
-        env={**_environment(session), "ISOTONE_PACKAGE": name},
+        # one thread each: ranks and subprocesses share the cores, and spinning threads on busy ones are far slower
+        env={**_environment(session), "ISOTONE_PACKAGE": name, "OMP_NUM_THREADS": "1"},
     )
 
 
