@@ -24,7 +24,7 @@ for cautious in (False, True):
     w, o, s = torch.randn(33, 70), torch.randn(33, 70), torch.rand(33, 1)
     kept = torch.where(o * w > 0, 0.9 * w, w) if cautious else 0.9 * w
     expected = kept - s * o
-    kernels.apply_update(w, o, s, 0.1, cautious)
+    kernels.apply_update([w], o[None], s[None], 0.1, cautious)
     assert torch.allclose(w, expected, atol=1e-6)
 print("agrees")
 """

@@ -120,15 +120,33 @@ def like_parameter(statistic: Tensor, parameter: Tensor, layout: Layout, placeme
     return DTensor.from_local(here, mesh, placements, run_check=False, shape=torch.Size(full), stride=stride)
 
 
+def like_weight(part: Tensor, parameter: Tensor, layout: Layout, placement: Placement) -> Tensor:
+    """`part` (this rank's rows and columns) in the shape of `parameter`; a DTensor where that is one."""
+    view = part.view(local(parameter).shape)
+    if not is_dtensor(parameter):
+        return view
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(parameter.shape, device="meta").stride()
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(view, mesh, placements, run_check=False, shape=parameter.shape, stride=stride)
+
+
+def own_slice(count: int, group: Any) -> slice:
+    """Which of `count` matrices are this rank's."""
+    each = math.ceil(count / dist.get_world_size(group))
+    return slice(dist.get_rank(group) * each, (dist.get_rank(group) + 1) * each)
+
+
 class Exchange:
     """The journey of one bucket: `start`, `matrices` (whole ones, of this rank), `send` back, `collect`.
 
-    `updates`: K local parts of one shape and placement. Where nothing is sharded, nothing moves.
+    `updates`: K local parts of one shape and placement, (K, rows, columns). Where nothing is sharded, nothing moves.
     """
 
-    def __init__(self, updates: Sequence[Tensor], layout: Layout, placement: Placement, wire: torch.dtype | None):
+    def __init__(self, updates: Tensor, layout: Layout, placement: Placement, wire: torch.dtype | None):
         self.updates, self.layout, self.placement = updates, layout, placement
-        self.wire = wire or updates[0].dtype
+        self.wire = wire or updates.dtype
         self.world = placement.world
         self.each = math.ceil(len(updates) / self.world)  # matrices a rank owns, the last ones padding
         self.work: Any = None
@@ -139,27 +157,25 @@ class Exchange:
         if self.world == 1:
             return
         if self.placement.dim is None:
-            rank = dist.get_rank(self.placement.group)
-            mine = self.updates[rank * self.each : (rank + 1) * self.each]
-            self.buffer = self.updates[0].new_zeros(self.each, *self.layout.shape)
-            for slot, update in zip(self.buffer, mine, strict=False):
-                slot.copy_(update)
+            mine = self.updates[own_slice(len(self.updates), self.placement.group)]
+            self.buffer = self.updates.new_zeros(self.each, *self.layout.shape)
+            self.buffer[: len(mine)] = mine
             return
-        self.sent = self._padded(self.updates)
+        self.sent = self._padded()
         self.buffer = torch.empty_like(self.sent)
         self.work = dist.all_to_all_single(self.buffer, self.sent, group=self.placement.group, async_op=True)
 
     def matrices(self) -> Tensor:
         """(matrices of this rank, rows, columns); rows past the parameter's own are cut, padding matrices zero."""
         if self.world == 1:
-            return torch.stack(list(self.updates)) if len(self.updates) > 1 else self.updates[0][None]
+            return self.updates
         assert self.buffer is not None
         if self.placement.dim is None:
             return self.buffer
         self.work.wait()
         whole = self.buffer.view(self.world, self.each, *self.buffer.shape[1:]).transpose(0, 1).flatten(1, 2)
         whole = whole[:, : self.layout.shape[self.placement.dim]]
-        return (whole.mT if self.placement.dim == 1 else whole).to(self.updates[0].dtype)
+        return (whole.mT if self.placement.dim == 1 else whole).to(self.updates.dtype)
 
     def send(self, orthogonal: Tensor) -> None:
         if self.world == 1:
@@ -187,20 +203,17 @@ class Exchange:
         self.work.wait()
         results = self.buffer[: len(self.updates)]
         if self.placement.dim is not None:
-            held = self.updates[0].shape[self.placement.dim]
+            held = self.updates.shape[1 + self.placement.dim]
             results = results[:, :held]
             results = results.mT if self.placement.dim == 1 else results
-        return results.to(self.updates[0].dtype)
+        return results.to(self.updates.dtype)
 
-    def _padded(self, updates: Sequence[Tensor]) -> Tensor:
+    def _padded(self) -> Tensor:
         """(world * each, chunk, other): what goes to rank r stands at r * each; missing rows are zero."""
-        parts = [update.T if self.placement.dim == 1 else update for update in updates]
+        parts = self.updates.mT if self.placement.dim == 1 else self.updates
         other = self.layout.shape[1 - int(self.placement.dim or 0)]
-        out = torch.zeros(
-            *(self.world * self.each, self.placement.chunk, other), dtype=self.wire, device=updates[0].device
-        )
-        for slot, part in zip(out, parts, strict=False):
-            slot[: part.shape[0]].copy_(part)
+        out = torch.zeros(self.world * self.each, self.placement.chunk, other, dtype=self.wire, device=parts.device)
+        out[: len(parts), : parts.shape[1]] = parts
         return out
 
 
@@ -216,16 +229,15 @@ def sum_over_ranks(pieces: Sequence[tuple[Tensor, Any]]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def mean_scatter(gradients: Sequence[Tensor], group: Any) -> tuple[Tensor, int]:
-    """The averaged gradients of the matrices this rank owns (each, m, n), and its first index (ZeRO-2)."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
+def mean_scatter(gradients: Tensor, group: Any) -> Tensor:
+    """The averaged gradients of the matrices this rank owns, padded with zeros: (each, m, n) of (K, m, n) (ZeRO-2)."""
+    world = dist.get_world_size(group)
     each = math.ceil(len(gradients) / world)
-    stacked = gradients[0].new_zeros(world * each, *gradients[0].shape)
-    for slot, gradient in zip(stacked, gradients, strict=False):
-        slot.copy_(gradient)
-    own = stacked.new_empty(each, *gradients[0].shape)
-    dist.reduce_scatter_tensor(own, stacked, group=group)
-    return own.div_(world), rank * each
+    padded = gradients.new_zeros(world * each, *gradients.shape[1:])
+    padded[: len(gradients)] = gradients
+    own = padded.new_empty(each, *gradients.shape[1:])
+    dist.reduce_scatter_tensor(own, padded, group=group)
+    return own.div_(world)
 
 
 def gather_weights(own: Tensor, count: int, group: Any) -> Tensor:

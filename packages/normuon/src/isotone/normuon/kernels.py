@@ -6,7 +6,9 @@ forms beside them run everywhere, and are what the kernels are tested against, i
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ except ImportError:  # pragma: no cover - macOS has no Triton
     triton = None  # type: ignore[assignment]
 
 # below this many rows the saved half is smaller than the cost of two more calls
-_CPU_SPLIT_ROWS = 512
+_CPU_SPLIT_ROWS = 384
+_CPU_STRIP_ROWS = 192
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -50,49 +53,57 @@ def symmetric_product(
 
 
 def _blocked_product(x: Tensor, alpha: float, add: Tensor | None, beta: float, out: Tensor) -> None:
-    """Three of four blocks: the lower left one is the transpose of the upper right one."""
-    half = x.shape[-2] // 2
-    upper, lower = x[:, :half], x[:, half:]
-    for rows, left, columns, right in (
-        (slice(None, half), upper, slice(None, half), upper),
-        (slice(None, half), upper, slice(half, None), lower),
-        (slice(half, None), lower, slice(half, None), lower),
-    ):
-        block = out[:, rows, columns]
-        for i in range(x.shape[0]):
-            if add is None:
-                torch.addmm(block[i], left[i], right[i].T, beta=0, alpha=alpha, out=block[i])
-            else:
-                torch.addmm(add[i, rows, columns], left[i], right[i].T, beta=beta, alpha=alpha, out=block[i])
-    out[:, half:, :half] = out[:, :half, half:].mT
+    """Strips of rows from the diagonal to the right; what lies below is the transpose of what lies above.
+
+    With s strips (s + 1) / 2s of the full product is computed.
+    """
+    k = x.shape[-2]
+    strips = max(2, min(8, k // _CPU_STRIP_ROWS))
+    edges = [i * k // strips for i in range(strips + 1)]
+    for i in range(x.shape[0]):
+        for first, last in itertools.pairwise(edges):
+            block = out[i, first:last, first:]
+            start = block if add is None else add[i, first:last, first:]
+            torch.addmm(start, x[i, first:last], x[i, first:].T, beta=0 if add is None else beta, alpha=alpha, out=block)
+    for first, last in itertools.pairwise(edges[:-1]):
+        out[:, last:, first:last] = out[:, first:last, last:].mT
 
 
 def apply_update(
-    weight: Float[Tensor, "rows columns"],
-    orthogonal: Float[Tensor, "rows columns"],
-    scale: Float[Tensor, "rows 1"] | Float[Tensor, "1 columns"],
+    weights: Sequence[Float[Tensor, "rows columns"]],
+    orthogonal: Float[Tensor, "k rows columns"],
+    scale: Float[Tensor, "k rows 1"],
     decay: float,
     cautious: bool,
 ) -> None:
-    """W <- (1 - decay) W - scale O in place; `cautious` decays only where W and the update agree in sign.
+    """W <- (1 - decay) W - scale O in place for each; `cautious` decays only where W and the update agree in sign.
 
     `scale` holds the learning rate, the row's 1/(sqrt(v) + eps) and the matrix's factor (section 2.9, step 7),
     so that the normalised matrix is never formed.
     """
-    if weight.numel() == 0:
+    if orthogonal.numel() == 0:
         return
-    rowwise = scale.shape == (weight.shape[0], 1)
-    if use_triton(weight) and weight.is_contiguous() and orthogonal.is_contiguous() and rowwise:
-        _triton_update(weight, orthogonal, scale, decay, cautious)
-        return
-    scale = scale.to(weight.dtype)
-    if cautious:
+    if use_triton(weights[0]) and orthogonal.is_contiguous() and all(weight.is_contiguous() for weight in weights):
+        for weight, update, rows in zip(weights, orthogonal, scale, strict=True):
+            _triton_update(weight, update, rows, decay, cautious)
+    elif cautious or weights[0].element_size() < 4:
+        for weight, update, rows in zip(weights, orthogonal, scale, strict=True):
+            _plain_update(weight, update, rows, decay, cautious)
+    else:
+        parts = [*weights]
         if decay:
-            agrees = orthogonal * weight > 0  # the scale is positive
-            weight.sub_(weight * agrees, alpha=decay)
-    elif decay:
-        weight.mul_(1 - decay)
-    weight.addcmul_(orthogonal.to(weight.dtype), scale, value=-1)
+            torch._foreach_mul_(parts, 1 - decay)
+        rows_of = list(scale.to(weights[0].dtype).unbind())
+        torch._foreach_addcmul_(parts, list(orthogonal.to(weights[0].dtype).unbind()), rows_of, value=-1)
+
+
+def _plain_update(weight: Tensor, orthogonal: Tensor, scale: Tensor, decay: float, cautious: bool) -> None:
+    """In float32 or better: a step is far smaller than the spacing of a low-precision weight's products."""
+    working = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    kept = working * (1 - decay)
+    if cautious:
+        kept = torch.where(orthogonal * working > 0, kept, working)  # the scale is positive
+    weight.copy_(kept.addcmul_(orthogonal.to(kept.dtype), scale.to(kept.dtype), value=-1))
 
 
 if triton is not None:

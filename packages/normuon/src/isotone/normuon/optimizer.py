@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.optim.adamw import adamw as functional_adamw
 from torch.optim.optimizer import Optimizer
 
 from isotone.normuon import distributed as ranks
+from isotone.normuon.bucket import Bucket, make_buckets
 from isotone.normuon.kernels import apply_update
 from isotone.normuon.layout import AXES, Layout, layout_of, warn_of_embeddings
 from isotone.normuon.normalize import check_scale, inverse_root, shape_factor, step_factor
@@ -26,44 +26,6 @@ from isotone.normuon.orthogonalize import Method, check_method, zeropower
 
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 KINDS = ("matrix", "adamw")
-
-
-@dataclass
-class _Matrix:
-    """One parameter of a matrix group, as the engine sees it: local parts, two-dimensional."""
-
-    parameter: Tensor
-    layout: Layout
-    placement: ranks.Placement
-    index: int
-    gradient: Tensor
-    weight: Tensor
-
-    @property
-    def key(self) -> tuple:
-        """What a bucket has in common; the order of the buckets is the same on every rank."""
-        where = (-1 if self.placement.dim is None else self.placement.dim, self.placement.members)
-        kind = (str(self.weight.dtype), str(self.weight.device))
-        return (self.layout.shape, self.layout.blocks, self.layout.axis, *where, *kind)
-
-
-@dataclass
-class _Bucket:
-    """Matrices of one shape and placement, and what is known of them on the way through a step."""
-
-    matrices: list[_Matrix]
-    exchange: ranks.Exchange
-    orthogonal: Tensor
-    sums: Tensor
-    norms: Tensor
-
-    @property
-    def layout(self) -> Layout:
-        return self.matrices[0].layout
-
-    @property
-    def placement(self) -> ranks.Placement:
-        return self.matrices[0].placement
 
 
 class Muon(Optimizer):
@@ -121,6 +83,7 @@ class Muon(Optimizer):
         self._adamw = {**ADAMW, **(adamw or {})}
         self._mesh, self._strategy, self._foreach, self._compile = mesh, strategy, foreach, compile
         self._wire, self._ns_dtype, self._orthogonalize = wire_dtype, ns_dtype, orthogonalize
+        self._plans: dict[int, tuple[tuple, list[Bucket]]] = {}
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         defaults |= dict(eps=eps, scale=scale, ns_steps=ns_steps, cautious=cautious, flatten_conv=flatten_conv)
         defaults |= {"kind": "matrix", "axis": "row", "split_sizes": None, "num_heads": None, "betas": None, **more}
@@ -184,78 +147,54 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = 0
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             alive = [p for p in group["params"] if p.grad is not None]
             if group["kind"] == "adamw":
                 self._step_adamw(group, alive)
             else:
-                matrices = [self._matrix(p, group, index + i) for i, p in enumerate(alive)]
-                self._step_matrices(group, matrices)
-            index += len(group["params"])
+                self._step_matrices(group, self._buckets(number, group, alive))
         return loss
 
-    def _matrix(self, parameter: Tensor, group: dict[str, Any], index: int) -> _Matrix:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.layout != torch.strided:
-            raise ValueError(f"expected dense gradients, got {gradient.layout}")
-        layout = layout_of(parameter.shape, group)
-        placement = ranks.placement_of(parameter, layout, self._mesh)
-        columns = layout.shape[1]
-        if placement.dim == 1:
-            columns = max(0, min(placement.chunk, columns - placement.offset))
+    def _buckets(self, number: int, group: dict[str, Any], alive: list[Tensor]) -> list[Bucket]:
+        """The group's buckets, made anew only where its parameters or their layout are others than before."""
+        options = (group["axis"], repr(group["split_sizes"]), repr(group["num_heads"]), group["flatten_conv"])
+        key = (*options, *((id(p), p.dtype, p.device) for p in alive))
+        known = self._plans.get(number)
+        if known is None or known[0] != key:
+            buckets = make_buckets(alive, group, self._mesh, self._strategy, self._foreach)
+            self._plans[number] = known = (key, buckets)
+        return known[1]
 
-        def carrier(tensor: Tensor) -> Tensor:
-            part = ranks.local(tensor)
-            rows = part.numel() // columns if columns else layout.shape[0]
-            return part.reshape(rows, columns)
+    def _step_matrices(self, group: dict[str, Any], buckets: list[Bucket]) -> None:
+        scattered = [
+            b
+            for b in buckets
+            if self._strategy == "reduce_scatter" and b.placement.dim is None and b.placement.world > 1
+        ]
+        for bucket in scattered:
+            self._step_scattered(group, bucket)
+        rest = [b for b in buckets if b not in scattered]
+        self._update(group, rest, self._orthogonalized(group, [(b, b.gradients()) for b in rest]))
 
-        weight = carrier(parameter)
-        return _Matrix(parameter, layout, placement, index, carrier(gradient).to(weight.dtype), weight)
-
-    def _step_matrices(self, group: dict[str, Any], matrices: list[_Matrix]) -> None:
-        buckets: dict[tuple, list[_Matrix]] = {}
-        for matrix in matrices:
-            key = matrix.key if self._foreach else (*matrix.key, matrix.index)
-            buckets.setdefault(key, []).append(matrix)
-        ordered = [buckets[key] for key in sorted(buckets)]
-        zero2 = self._strategy == "reduce_scatter"
-        for members in [m for m in ordered if zero2 and m[0].placement.dim is None and m[0].placement.world > 1]:
-            self._step_scattered(group, members)
-            ordered.remove(members)
-        self._update(group, self._orthogonalized(group, ordered))
-
-    def _orthogonalized(self, group: dict[str, Any], ordered: list[list[_Matrix]]) -> list[_Bucket]:
+    def _orthogonalized(self, group: dict[str, Any], pairs: list[tuple[Bucket, Tensor]]) -> list[Tensor]:
         """Steps 1 to 3 of section 2.9; the shards of the next bucket travel while this one is orthogonalised."""
-        exchanges = []
-        for members in ordered:
-            updates = self._momentum(group, members)
-            exchanges.append(ranks.Exchange(updates, members[0].layout, members[0].placement, self._wire))
+        exchanges = [
+            ranks.Exchange(self._momentum(group, bucket, gradients), bucket.layout, bucket.placement, self._wire)
+            for bucket, gradients in pairs
+        ]
         for number, exchange in enumerate(exchanges):
             if number == 0:
                 exchange.start()
             if number + 1 < len(exchanges):
                 exchanges[number + 1].start()
             exchange.send(self._polar(group, exchange.matrices(), exchange.layout))
-        empty = torch.empty(0)
-        return [
-            _Bucket(members, exchange, exchange.collect(), empty, empty)
-            for members, exchange in zip(ordered, exchanges, strict=True)
-        ]
+        return [exchange.collect() for exchange in exchanges]
 
-    def _momentum(self, group: dict[str, Any], members: list[_Matrix]) -> list[Tensor]:
+    def _momentum(self, group: dict[str, Any], bucket: Bucket, gradients: Tensor) -> Tensor:
         """M <- lerp(M, G, 1 - beta1), and what is orthogonalised (algorithm 1, lines 2 and 3)."""
-        buffers, gradients = [], [m.gradient for m in members]
-        for m in members:
-            state = self.state[m.parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(m.parameter, memory_format=torch.contiguous_format)
-            buffers.append(ranks.local(state["momentum_buffer"]).view(m.weight.shape))
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        if group["nesterov"]:
-            return list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        return buffers
+        momentum = bucket.momentum(self.state)
+        momentum.lerp_(gradients, 1 - group["momentum"])
+        return gradients.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
 
     def _polar(self, group: dict[str, Any], batch: Tensor, layout: Layout) -> Tensor:
         """Orthogonalise every block of rows; blocks of one size as one batch."""
@@ -275,83 +214,77 @@ class Muon(Optimizer):
 
     # --- statistics and update (section 2.9, steps 4 to 7) --------------------------------------------------
 
-    def _update(self, group: dict[str, Any], buckets: list[_Bucket]) -> None:
-        measured = self.normalise or group["scale"] == "rms"
-        if measured:
-            for b in buckets:
-                b.sums = _square_sums(b.orthogonal, b.layout, b.placement)
+    def _update(self, group: dict[str, Any], buckets: list[Bucket], orthogonal: list[Tensor]) -> None:
+        sums: list[Tensor | None] = [None] * len(buckets)
+        norms: list[Tensor | None] = [None] * len(buckets)
+        inverses: list[Tensor | None] = [None] * len(buckets)
+        if self.normalise or group["scale"] == "rms":
+            measured = [b.square_sums(o) for b, o in zip(buckets, orthogonal, strict=True)]
             across = {"row": 1, "column": 0}  # the sharding that cuts through a statistic
-            cut = [b for b in buckets if b.placement.dim == across[b.layout.axis]]
-            ranks.sum_over_ranks([(b.sums, b.placement.group) for b in cut])
-        inverses = [self._second_moments(group, b) if self.normalise else None for b in buckets]
-        if measured:
-            for b, inverse in zip(buckets, inverses, strict=True):
-                b.norms = _norms(b.sums, inverse, b.layout, b.placement)
+            _sum_where(measured, buckets, across)
+            if self.normalise:
+                inverses = [self._second_moments(group, b, s) for b, s in zip(buckets, measured, strict=True)]
+            totals = [b.norms(s, i) for b, s, i in zip(buckets, measured, inverses, strict=True)]
             along = {"row": 0, "column": 1}
-            partial = [b for b in buckets if b.placement.dim == along[b.layout.axis]]
-            ranks.sum_over_ranks([(b.norms, b.placement.group) for b in partial])
-        for b, inverse in zip(buckets, inverses, strict=True):
-            self._apply(group, b, inverse)
+            _sum_where(totals, buckets, along)
+            sums, norms = [*measured], [*totals]
+        for parts in zip(buckets, orthogonal, sums, norms, inverses, strict=True):
+            self._apply(group, *parts)
 
-    def _second_moments(self, group: dict[str, Any], b: _Bucket) -> Tensor:
+    def _second_moments(self, group: dict[str, Any], bucket: Bucket, sums: Tensor) -> Tensor:
         """v <- lerp(v, mean square, 1 - beta2), 1 / (sqrt(v) + eps) (lines 4 and 5); v is float32 or better."""
-        means = b.sums / _counts(b.layout, b.sums)
-        inverses = []
-        for m, mean in zip(b.matrices, means, strict=True):
-            state = self.state[m.parameter]
-            if "second_moment" not in state:
-                zero = torch.zeros_like(mean)
-                state["second_moment"] = ranks.like_parameter(zero, m.parameter, m.layout, m.placement)
-            second_moment = ranks.local(state["second_moment"])
-            second_moment.lerp_(mean.view_as(second_moment), 1 - group["beta2"])
-            inverses.append(inverse_root(second_moment, group["eps"]).view_as(mean))
-        return torch.stack(inverses)
+        second = bucket.second_moments(self.state, sums)
+        second.lerp_(bucket.means(sums), 1 - group["beta2"])
+        return inverse_root(second, group["eps"])
 
-    def _apply(self, group: dict[str, Any], b: _Bucket, inverse: Tensor | None) -> None:
+    def _apply(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        orthogonal: Tensor,
+        sums: Tensor | None,
+        norms: Tensor | None,
+        inverse: Tensor | None,
+    ) -> None:
         """W <- (1 - lr decay) W - lr f r O (line 7), one factor f a block."""
         rate = float(group["lr"])
-        factors = [shape_factor(group["scale"], *matrix) for matrix in b.layout.matrices]
-        factor = torch.tensor(factors, dtype=torch.float64, device=b.orthogonal.device)
-        if b.norms.numel():
-            scaled = step_factor(group["scale"], factor.to(b.norms.dtype), b.norms[0], b.norms[1])
+        factors = [shape_factor(group["scale"], *matrix) for matrix in bucket.layout.matrices]
+        factor = torch.tensor(factors, dtype=torch.float64, device=orthogonal.device)
+        if norms is None:
+            scaled = factor.to(torch.promote_types(orthogonal.dtype, torch.float32)).expand(len(orthogonal), -1)
         else:
-            scaled = factor.expand(len(b.matrices), -1)
+            scaled = step_factor(group["scale"], factor.to(norms.dtype), norms[0], norms[1])
         scaled = rate * scaled
-        if inverse is None:
-            inverse = torch.ones_like(b.sums) if b.sums.numel() else None
-        spans = _local_spans(b.layout, b.placement, b.orthogonal.shape[1])
-        decay = rate * group["weight_decay"]
-        for i, m in enumerate(b.matrices):
-            whole = m.weight
-            if b.layout.axis == "row" or inverse is None:
-                rows = torch.cat([scaled[i, p].expand(stop - start) for p, start, stop in spans] or [scaled[i, :0]])
-                rows = (rows if inverse is None else rows * inverse[i])[:, None]
-                apply_update(whole, b.orthogonal[i], rows, decay, group["cautious"])
-            else:
-                for p, start, stop in spans:
-                    columns = (scaled[i, p] * inverse[i, p])[None]
-                    part = b.orthogonal[i, start:stop]
-                    apply_update(whole[start:stop], part, columns, decay, group["cautious"])
-            if whole.untyped_storage().data_ptr() != ranks.local(m.parameter).untyped_storage().data_ptr():
-                ranks.local(m.parameter).copy_(whole.view(ranks.local(m.parameter).shape))
+        if inverse is not None and bucket.layout.axis == "column":
+            each = scaled[..., None] * inverse
+            orthogonal = torch.cat(
+                [orthogonal[:, start:stop] * each[:, block, None] for block, start, stop in bucket.spans]
+                or [orthogonal],
+                dim=1,
+            )
+            rows = torch.ones_like(scaled[:, :1]).expand(-1, orthogonal.shape[1])
+        else:
+            rows = scaled[:, bucket.block_of_row]
+            rows = rows if inverse is None else rows * inverse
+        weights = bucket.weights()
+        apply_update(weights, orthogonal, rows[..., None], rate * group["weight_decay"], group["cautious"])
+        bucket.write_back(weights)
 
     # --- replicated parameters, ZeRO-2 ----------------------------------------------------------------------
 
-    def _step_scattered(self, group: dict[str, Any], members: list[_Matrix]) -> None:
+    def _step_scattered(self, group: dict[str, Any], bucket: Bucket) -> None:
         """Gradients are averaged by a reduce-scatter; the owner updates, and weights are gathered."""
-        process_group = members[0].placement.group
-        gradients, first = ranks.mean_scatter([m.gradient for m in members], process_group)
-        own = [
-            _Matrix(m.parameter, m.layout, ranks.Placement(), m.index, gradient, m.weight)
-            for m, gradient in zip(members[first:], gradients, strict=False)
-        ]
-        if own:
-            self._update(group, self._orthogonalized(group, [own]))
-        weights = members[0].weight.new_zeros(gradients.shape)
-        for slot, m in zip(weights, own, strict=False):
-            slot.copy_(m.weight)
-        for m, weight in zip(members, ranks.gather_weights(weights, len(members), process_group), strict=True):
-            m.parameter.copy_(weight.view(m.parameter.shape))
+        process_group = bucket.placement.group
+        gradients = ranks.mean_scatter(bucket.gradients(), process_group)
+        weights = torch.zeros_like(gradients)
+        if bucket.owned is not None:
+            own = gradients[: len(bucket.owned.parameters)]
+            self._update(group, [bucket.owned], self._orthogonalized(group, [(bucket.owned, own)]))
+            for slot, weight in zip(weights, bucket.owned.weights(), strict=False):
+                slot.copy_(weight)
+        whole = ranks.gather_weights(weights, len(bucket.parameters), process_group)
+        for parameter, weight in zip(bucket.parameters, whole, strict=True):
+            parameter.copy_(weight.view(parameter.shape))
 
     # --- AdamW -----------------------------------------------------------------------------------------------
 
@@ -433,45 +366,7 @@ class NorMuon(Muon):
         )
 
 
-def _local_spans(layout: Layout, placement: ranks.Placement, held: int) -> list[tuple[int, int, int]]:
-    """(block, first local row, past its last) of the blocks that this rank's rows touch."""
-    offset = placement.offset if placement.dim == 0 else 0
-    spans, start = [], 0
-    for block, rows in enumerate(layout.blocks):
-        first, last = max(start - offset, 0), min(start + rows - offset, held)
-        if first < last:
-            spans.append((block, first, last))
-        start += rows
-    return spans
-
-
-def _square_sums(orthogonal: Tensor, layout: Layout, placement: ranks.Placement) -> Tensor:
-    """Sums of squares, float32 or better: (K, local rows), or (K, blocks, local columns) for axis "column"."""
-    dtype = torch.promote_types(orthogonal.dtype, torch.float32)
-    if layout.axis == "row":
-        return torch.linalg.vector_norm(orthogonal, dim=2, dtype=dtype).square_()
-    sums = torch.zeros(
-        *(orthogonal.shape[0], len(layout.blocks), orthogonal.shape[2]), dtype=dtype, device=orthogonal.device
-    )
-    for block, start, stop in _local_spans(layout, placement, orthogonal.shape[1]):
-        sums[:, block] = torch.linalg.vector_norm(orthogonal[:, start:stop], dim=1, dtype=dtype).square_()
-    return sums
-
-
-def _counts(layout: Layout, sums: Tensor) -> Tensor | float:
-    """How many entries each sum is over."""
-    if layout.axis == "row":
-        return float(layout.shape[1])
-    return torch.tensor(layout.blocks, dtype=sums.dtype, device=sums.device)[:, None]
-
-
-def _norms(sums: Tensor, inverse: Tensor | None, layout: Layout, placement: ranks.Placement) -> Tensor:
-    """(2, K, blocks): ||O||² and ||O^||² from the row statistics alone (section 2.9, step 5)."""
-    after = sums if inverse is None else sums * inverse.square()
-    both = torch.stack([sums, after])
-    if layout.axis == "column":
-        return both.sum(-1)
-    out = both.new_zeros(2, sums.shape[0], len(layout.blocks))
-    for block, start, stop in _local_spans(layout, placement, sums.shape[1]):
-        out[:, :, block] = both[:, :, start:stop].sum(-1)
-    return out
+def _sum_where(tensors: list[Tensor], buckets: list[Bucket], dims: Mapping[str, int]) -> None:
+    """All-reduce, in one call a group, the tensors of the buckets that are sharded along `dims[axis]`."""
+    pairs = zip(tensors, buckets, strict=True)
+    ranks.sum_over_ranks([(t, b.placement.group) for t, b in pairs if b.placement.dim == dims[b.layout.axis]])
