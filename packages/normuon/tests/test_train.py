@@ -121,7 +121,10 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_bench_on_tiny_shapes(tmp_path):
-    assert bench.check_equal_to_torch([(24, 16), (16, 24)], "cpu") < 2e-4
+    shapes = [(24, 16), (16, 24)]
+    assert bench.check_equal_to_torch(shapes, "cpu") < 2e-4
+    with pytest.raises(RuntimeError, match="a peer"):
+        bench._check_equal(shapes, "cpu", "a peer", bench._normuon(), bench._adamw)
     report = bench.bench(Run(tmp_path, device="cpu", quiet=True), "tiny")
     rows = {row.id: row for row in report.ratios}
     assert {"muon-torch", "normuon-muon", "state-adamw"} <= set(rows)

@@ -77,9 +77,7 @@ class Bucket:
 
     def _state(self, state: State, key: str, shape: tuple[int, ...], dtype: torch.dtype, wrap: Any) -> Tensor:
         views = self._views.get(key)
-        if views is not None and all(
-            state[p].get(key) is view for p, view in zip(self.parameters, views, strict=True)
-        ):
+        if views is not None and all(state[p].get(key) is view for p, view in zip(self.parameters, views, strict=True)):
             return self._stacked[key]
         # new, or the user or a checkpoint has put other tensors there: take what they hold
         stacked = torch.zeros(len(self.parameters), *shape, dtype=dtype, device=self.parameters[0].device)

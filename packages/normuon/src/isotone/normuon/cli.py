@@ -123,7 +123,12 @@ def reproduce(
 
 
 @verb(app)
-def bench(run: Run, shapes: Annotated[str, Opt(help="gpt-124m or tiny")] = "gpt-124m") -> Report:
+def bench(
+    run: Run,
+    shapes: Annotated[
+        str | None, Opt(help="gpt-124m (a GPU's default), gpt-1.1b, gpt-124m-layer (a CPU's), gpt-256-layer or tiny")
+    ] = None,
+) -> Report:
     """Step time and optimizer memory beside torch.optim.Muon, AdamW and pytorch-optimizer's NorMuon."""
     return benchmark.bench(run, shapes)
 

@@ -64,7 +64,8 @@ def _blocked_product(x: Tensor, alpha: float, add: Tensor | None, beta: float, o
         for first, last in itertools.pairwise(edges):
             block = out[i, first:last, first:]
             start = block if add is None else add[i, first:last, first:]
-            torch.addmm(start, x[i, first:last], x[i, first:].T, beta=0 if add is None else beta, alpha=alpha, out=block)
+            left, right = x[i, first:last], x[i, first:].T
+            torch.addmm(start, left, right, beta=0 if add is None else beta, alpha=alpha, out=block)
     for first, last in itertools.pairwise(edges[:-1]):
         out[:, last:, first:last] = out[:, first:last, last:].mT
 
