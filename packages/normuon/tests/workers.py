@@ -93,11 +93,13 @@ CASES = {
 }
 
 
-def all_cases(rank, world):
+def all_cases(rank, world, folder):
     """Every layout and setting on the first 1, 2, ... of the ranks: {(size, layout, case): weights}.
 
-    One spawn serves all sizes: a mesh of fewer ranks is a group of its own, and the others stay out of it.
+    One spawn serves all sizes: a mesh of fewer ranks is a group of its own, and the others stay out of it. At the
+    end, FSDP2 training is saved by the first two ranks and loaded by all.
     """
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     found = {}
@@ -107,7 +109,8 @@ def all_cases(rank, world):
             continue
         for layout in ("rows", "columns", "replicate"):
             for case, settings in CASES.items():
-                found[size, layout, case] = sharded(mesh, layout, settings)
+                if size > 1 or case == "plain":
+                    found[size, layout, case] = sharded(mesh, layout, settings)
         found[size, "rows", "bf16"] = sharded(mesh, "rows", {"wire": "bfloat16"})
         for strategy in ("round_robin", "reduce_scatter"):
             for case in ("plain", "muon", "column"):
@@ -115,6 +118,11 @@ def all_cases(rank, world):
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
     found[world, "hsdp", "plain"] = sharded(mesh, "rows", {})
     found["refusals"] = refusals(rank, world)
+    pair = DeviceMesh("cpu", torch.arange(2))
+    if rank < 2:
+        found["saved"] = fsdp(pair, folder, save=True)
+    dist.barrier()
+    found["loaded"] = fsdp(DeviceMesh("cpu", torch.arange(world)), folder, save=False)
     return found if rank == 0 else None
 
 
@@ -138,17 +146,15 @@ def train(net, optimizer, steps):
         optimizer.step()
 
 
-def fsdp(rank, world, folder, save):
+def fsdp(mesh, folder, save):
     """FSDP2 training with uneven shards; DCP saved after three steps, or loaded there; weights after six."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from isotone.normuon import NorMuon, split_params
 
     net = model()
-    mesh = init_device_mesh("cpu", (world,))
     for layer in net:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
@@ -159,9 +165,9 @@ def fsdp(rank, world, folder, save):
     model_state, optimizer_state = get_state_dict(net, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     if save:
-        dcp.save(state, checkpoint_id=folder)
+        dcp.save(state, checkpoint_id=folder, process_group=mesh.get_group())
     else:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
         set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     held = [p.detach().full_tensor().clone() for p in net.parameters()]
     for p in net.parameters():

@@ -62,7 +62,8 @@ def bench(run: Run, shapes: str | None = None) -> Report:
             rows.append(row())
             bar.advance(1)
     normuon, adamw = _stepper(_normuon(), large, where), _stepper(_adamw, large, where)
-    normuon(), adamw()
+    normuon()
+    adamw()
     rows.append(
         Ratio(
             *("state-adamw", f"{shapes}, optimizer state", "NorMuon", "torch.optim.AdamW", torch.__version__),

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, PyTree
 
 from isotone.normuon.layout import AXES
 from isotone.normuon.normalize import check_scale, shape_factor
-from isotone.normuon.orthogonalize import Method, check_method, coefficients
+from isotone.normuon.orthogonalize import check_method, coefficients
 
 ADAMW = {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-10, "weight_decay": 0.0}
 MATRIX, OTHER = "matrix", "adamw"
+Method = str | Callable[[Array], Array]
 
 
 class NorMuonState(NamedTuple):
@@ -50,7 +51,7 @@ def scale_by_normuon(
     `isotone.normuon.NorMuon`'s. Raises `ValueError` on settings out of range and on leaves of fewer dimensions.
     """
     check_scale(scale)
-    check_method(orthogonalize, ns_steps)
+    check_method(orthogonalize, ns_steps)  # type: ignore[arg-type]  # a callable is not looked at
     if axis not in AXES:
         raise ValueError(f"expected axis to be one of {', '.join(AXES)}, got {axis!r}")
     if not all(0 <= beta < 1 for beta in (momentum, beta2 or 0.0)):
@@ -85,7 +86,7 @@ def scale_by_normuon(
                 normalised = orthogonal * inverse
             after = jnp.sum(normalised**2, (-2, -1), keepdims=True)
             before = 1.0 if scale == "rms" else jnp.sum(orthogonal**2, (-2, -1), keepdims=True)
-            factor = shape_factor(scale, *matrices.shape[-2:])
+            factor: Any = shape_factor(scale, *matrices.shape[-2:])
             if scale == "rms" or beta2 is not None:
                 factor = jnp.where(after > 0, factor * jnp.sqrt(before / jnp.maximum(after, 1e-30)), 0)
             return _restore(factor * normalised, leaf, transposed).astype(leaf.dtype), second
@@ -173,8 +174,7 @@ def _polar(x: Array, method: Method, steps: int, dtype: Any) -> Array:
     safety, eps = (1.02, 1e-6) if method == "polar_express" else (1.0, 1e-7)
     x = (single.mT if tall else single).astype(dtype or (single.dtype if _on_cpu() else jnp.bfloat16))
     x = x / (safety * jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
-    exact = jax.default_matmul_precision("highest")
-    with exact:
+    with jax.default_matmul_precision("highest"):
         for a, b, c in coefficients(method, steps):
             gram = x @ x.mT
             x = a * x + (b * gram + c * (gram @ gram)) @ x
