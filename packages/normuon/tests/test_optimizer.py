@@ -240,6 +240,8 @@ def test_layouts_are_their_matrices():
         ((12, 5), {"split_sizes": (8, 4), "num_heads": (4, 2)}, [2] * 6),
         ((3, 4, 5), {}, [4, 4, 4]),
         ((6, 2, 3, 3), {}, [6]),
+        ((6, 2, 3), {"experts": False}, [6]),
+        ((5, 1, 4), {}, [1] * 5),
     ):
         for axis in ("row", "column"):
             whole = parameters([shape])[0]
@@ -283,6 +285,11 @@ def test_split_params_by_module_type():
     assert names == {"matrix": ["1.weight", "3.weight"], "adamw": ["0.weight", "1.bias", "2.weight", "2.bias"]}
     net[3].weight = net[0].weight
     assert "3.weight" not in [n for g in split_params(net) if g["kind"] == "matrix" for n, _ in g["params"]]
+    audio = split_params(torch.nn.Sequential(torch.nn.Conv1d(3, 8, 5), torch.nn.Linear(4, 4)))
+    assert {g.get("experts", True): [n for n, _ in g["params"]] for g in audio if g["kind"] == "matrix"} == {
+        False: ["0.weight"],
+        True: ["1.weight"],
+    }
     head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))
     assert [n for n, _ in split_params(head, head=[head[1]])[0]["params"]] == ["0.weight"]
 

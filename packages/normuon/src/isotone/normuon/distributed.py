@@ -68,7 +68,7 @@ def placement_of(parameter: Tensor, layout: Layout, mesh: Any, name: str = "para
     group = own.get_group(mesh_dim)
     shape = tuple(parameter.shape)
     dim = placement.dim % len(shape)
-    per_index = layout.shape[0] // shape[0] if dim == 0 else _columns_per_index(shape, dim)
+    per_index = layout.shape[0] // shape[0] if dim == 0 else _columns_per_index(shape, dim, layout.experts)
     if per_index is None:
         raise ValueError(f"expected {name} of shape {shape} sharded over its rows or columns, got Shard({dim})")
     chunk = math.ceil(shape[dim] / dist.get_world_size(group)) * per_index
@@ -76,9 +76,9 @@ def placement_of(parameter: Tensor, layout: Layout, mesh: Any, name: str = "para
     return Placement(min(dim, 1), group, chunk, offset)
 
 
-def _columns_per_index(shape: tuple[int, ...], dim: int) -> int | None:
+def _columns_per_index(shape: tuple[int, ...], dim: int, experts: bool) -> int | None:
     """Columns of the carrier that one index of dimension `dim` covers, None where they are not in one piece."""
-    if len(shape) == 3:
+    if experts:
         return 1 if dim == 2 else None
     return math.prod(shape[2:]) if dim == 1 else None
 
@@ -96,11 +96,12 @@ def like_parameter(statistic: Tensor, parameter: Tensor, layout: Layout, placeme
     """`statistic` (this rank's rows, or one row of columns a block) as a DTensor that DCP can save and reshard."""
     shape = tuple(parameter.shape)
     along = 0 if layout.axis == "row" else 1
+    experts = layout.experts
     view: tuple[int, ...]
     if along == 0:
-        view = (-1, shape[1], 1) if len(shape) == 3 else (-1, 1)
+        view = (-1, shape[1], 1) if experts else (-1, 1)
     else:
-        view = (len(layout.blocks), shape[2]) if len(shape) == 3 else (len(layout.blocks), *shape[1:])
+        view = (len(layout.blocks), shape[2]) if experts else (len(layout.blocks), *shape[1:])
     if not is_dtensor(parameter):
         return statistic.reshape(view)
     from torch.distributed.tensor import DTensor, Replicate, Shard

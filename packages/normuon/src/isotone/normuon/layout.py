@@ -1,7 +1,8 @@
 """What is a matrix: every parameter is a carrier of rows, cut into blocks that are orthogonalised apart.
 
 A Linear weight (m, n) is one block; a convolution (out, in, kh, kw) is (out, in kh kw); experts (E, m, n) are E
-blocks of (E m, n); a fused QKV and attention heads are blocks of rows of one weight (section 2.5).
+blocks of (E m, n), unless a group says that its weights of three dimensions are 1-D convolutions (out, in, k); a
+fused QKV and attention heads are blocks of rows of one weight (section 2.5).
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ _SUSPICIOUS_ASPECT = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """`shape`: the carrier's (rows, columns). `blocks`: how many rows each matrix has. `axis`: "row" or "column"."""
+    """`shape`: the carrier's (rows, columns). `blocks`: how many rows each matrix has. `axis`: "row" or "column".
+
+    `experts`: whether the parameter's first dimension counts matrices.
+    """
 
     shape: tuple[int, int]
     blocks: tuple[int, ...]
     axis: str
+    experts: bool = False
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -33,14 +38,15 @@ class Layout:
 
 
 def layout_of(shape: Sequence[int], options: Mapping[str, Any], name: str = "parameter") -> Layout:
-    """The layout of a parameter of `shape` under a group's `split_sizes`, `num_heads`, `axis`, `flatten_conv`.
+    """The layout of a parameter of `shape` under a group's options (`split_sizes`, `num_heads`, `axis`, `experts`).
 
     Raises `ValueError` on fewer than two dimensions, on sizes that do not sum to the rows, and on heads that do
     not divide them.
     """
     if len(shape) < 2:
         raise ValueError(f"expected {name} of a matrix group to have 2 dimensions or more, got shape {tuple(shape)}")
-    if len(shape) == 3:
+    experts = len(shape) == 3 and bool(options.get("experts", True))
+    if experts:
         carrier, blocks = (shape[0] * shape[1], shape[2]), (shape[1],) * shape[0]
     elif len(shape) == 2:
         carrier, blocks = (shape[0], shape[1]), (shape[0],)
@@ -50,7 +56,7 @@ def layout_of(shape: Sequence[int], options: Mapping[str, Any], name: str = "par
     else:
         raise ValueError(f"expected flatten_conv for {name} of shape {tuple(shape)}, got flatten_conv=False")
     split, heads = options.get("split_sizes"), options.get("num_heads")
-    if (split or heads) and len(shape) == 3:
+    if (split or heads) and experts:
         raise ValueError(f"expected split_sizes and num_heads for a weight of rows, got shape {tuple(shape)}")
     if split:
         if sum(split) != shape[0] or min(split) < 1:
@@ -64,31 +70,39 @@ def layout_of(shape: Sequence[int], options: Mapping[str, Any], name: str = "par
     axis = options.get("axis", "row")
     if axis == "auto":  # the author's speedrun variant (section 2.6): rows of tall matrices, columns of wide ones
         axis = "row" if max(blocks) >= carrier[1] else "column"
-    return Layout(carrier, blocks, axis)
+    return Layout(carrier, blocks, axis, experts)
 
 
 def split_params(
     model: nn.Module, embed: Iterable[nn.Module] = (), head: Iterable[nn.Module] = ()
 ) -> list[dict[str, Any]]:
-    """The parameters of `model` as two groups: kind "matrix" for hidden weights, "adamw" for all else.
+    """The parameters of `model` in groups: kind "matrix" for hidden weights, "adamw" for all else.
 
     By module type (section 2.5): weights of two dimensions or more of Linear, convolution and unknown modules
-    are matrices; embeddings, what is tied to one, the modules named in `embed` and `head`, norms, biases and
-    scalars are not. An output layer that is neither tied nor named in `head` is found by its size: more than 8
-    times as many rows as columns draws a warning and stays a matrix.
+    are matrices (those of `nn.Conv1d` in a group of their own, with `experts` off); embeddings, what is tied to
+    one, the modules named in `embed` and `head`, norms, biases and scalars are not. An output layer that is neither
+    tied nor named in `head` is found by its size: more than 8 times as many rows as columns draws a warning and
+    stays a matrix.
     """
     apart = {id(p) for module in (*embed, *head) for p in module.parameters()}
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *norms)):
             apart |= {id(p) for p in module.parameters(recurse=False)}
+    conv1d = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
     matrices: list[tuple[str, nn.Parameter]] = []
+    convolutions: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and id(parameter) not in apart
-        (matrices if is_matrix else others).append((name, parameter))
+        chosen = others if not is_matrix else convolutions if id(parameter) in conv1d else matrices
+        chosen.append((name, parameter))
     warn_of_embeddings(matrices)
-    groups: list[dict[str, Any]] = [{"params": matrices, "kind": "matrix"}, {"params": others, "kind": "adamw"}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "kind": "matrix"},
+        {"params": convolutions, "kind": "matrix", "experts": False},
+        {"params": others, "kind": "adamw"},
+    ]
     return [group for group in groups if group["params"]]
 
 

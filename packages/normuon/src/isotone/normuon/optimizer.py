@@ -33,7 +33,8 @@ class Muon(Optimizer):
 
     `params`: parameters, (name, parameter) pairs or groups. A group has `kind` "matrix" (the default; two
     dimensions or more) or "adamw" (embeddings, heads, norms, biases: `adamw` holds their settings), and may
-    override any setting, and set `split_sizes` (fused QKV: rows of each part), `num_heads`, `axis`.
+    override any setting, and set `split_sizes` (fused QKV: rows of each part), `num_heads`, `axis`, and `experts`
+    (whether three dimensions are a batch of matrices, as by default, or a 1-D convolution).
 
     - `lr`, `weight_decay`: W <- W - lr weight_decay W - lr f O (decoupled, with the base rate).
     - `momentum`, `nesterov`: M <- lerp(M, G, 1 - momentum); U = lerp(G, M, momentum) with Nesterov, M without.
@@ -86,7 +87,8 @@ class Muon(Optimizer):
         self._plans: dict[int, tuple[tuple, list[Bucket]]] = {}
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         defaults |= dict(eps=eps, scale=scale, ns_steps=ns_steps, cautious=cautious, flatten_conv=flatten_conv)
-        defaults |= {"kind": "matrix", "axis": "row", "split_sizes": None, "num_heads": None, "betas": None, **more}
+        defaults |= {"kind": "matrix", "axis": "row", "split_sizes": None, "num_heads": None, "experts": True}
+        defaults |= {"betas": None, **more}
         super().__init__(params, defaults)
 
     # --- configuration ------------------------------------------------------------------------------------
@@ -157,7 +159,8 @@ class Muon(Optimizer):
 
     def _buckets(self, number: int, group: dict[str, Any], alive: list[Tensor]) -> list[Bucket]:
         """The group's buckets, made anew only where its parameters or their layout are others than before."""
-        options = (group["axis"], repr(group["split_sizes"]), repr(group["num_heads"]), group["flatten_conv"])
+        named = ("axis", "split_sizes", "num_heads", "experts", "flatten_conv")
+        options = tuple(repr(group[name]) for name in named)
         key = (*options, *((id(p), p.dtype, p.device) for p in alive))
         known = self._plans.get(number)
         if known is None or known[0] != key:
