@@ -495,3 +495,9 @@ def test_importing_shared_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_figure_without_a_threshold_is_reported():
+    claim = Claim("id", "words", "source", "s", None, None, "min")
+    assert Measurement(claim, 1.0).verdict == "reported" and Measurement(claim, None).verdict == "not at this scale"
+    assert Ratio("id", "work", "ours", "peer", "1", 1.0, 2.0, "s", None).verdict == "reported"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from isotone.shared.claims import Report
 
-VERDICTS = {"held": "held", "not held": "missed", "not at this scale": "open"}
+VERDICTS = {"held": "held", "not held": "missed", "not at this scale": "open", "reported": "open"}
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c1e21; --soft: #646a73;

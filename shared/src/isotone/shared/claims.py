@@ -75,8 +75,8 @@ class Measurement:
 
     @property
     def verdict(self) -> str:
-        """ "held", "not held" or "not at this scale"."""
-        return _VERDICTS[self.held]
+        """ "held", "not held", "not at this scale", or "reported" where a figure has no threshold to reach."""
+        return "reported" if self.held is None and self.measured is not None else _VERDICTS[self.held]
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """ "held", "not held" or "not at this scale" (no target)."""
-        return _VERDICTS[self.held]
+        """ "held", "not held", or "reported" where there is no target to reach."""
+        return "reported" if self.held is None else _VERDICTS[self.held]
 
 
 @dataclass
@@ -224,7 +224,7 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        colours = {"held": "green", "not held": "bold red", "not at this scale": "dim"}
+        colours = {"held": "green", "not held": "bold red", "not at this scale": "dim", "reported": "dim"}
         header, rows = self.rows()
         table = Table(title=f"{self.package}: {self.kind}, {self.scale}", title_justify="left")
         for name in header:

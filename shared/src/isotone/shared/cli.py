@@ -162,15 +162,16 @@ def _print_summary(names: Sequence[str], codes: Mapping[str, int], out: Path, sc
 
     from isotone.shared.claims import Report
 
-    table = Table("paper", "held", "not held", "not at this scale", "seconds", title=f"reproduce --scale {scale}")
+    verdicts = ("held", "not held", "reported", "not at this scale")
+    table = Table("paper", *verdicts, "seconds", title=f"reproduce --scale {scale}")
     for name in names:
         path = out / name / f"reproduce-{scale}.json"
         if codes[name] and not path.exists():
             table.add_row(name, f"failed, exit code {codes[name]}")
             continue
         report = Report.load(path)
-        verdicts = [measurement.verdict for measurement in report.measurements]
-        counts = [str(verdicts.count(v)) for v in ("held", "not held", "not at this scale")]
+        found = [measurement.verdict for measurement in report.measurements]
+        counts = [str(found.count(verdict)) for verdict in verdicts]
         table.add_row(name, *counts, f"{report.seconds:.0f}" + (" (failed since)" if codes[name] else ""))
     Console().print(table)
 
