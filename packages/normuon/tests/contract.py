@@ -11,6 +11,7 @@ BAD = [
     (["train", "--text", "text.txt", "--lr", "-1"], "-1"),
     (["train", "--text", "text.txt", "--optimizer", "sgd"], "sgd"),
     (["train", "--text", "text.txt", "--dim", "15"], "15"),
+    (["train", "--text", "text.txt", "--seeds", "0,1"], "one seed"),
     (["train", "--text", "text.txt", "--scale-mode", "huge"], "huge"),
     (["inspect", "missing.safetensors"], "missing.safetensors"),
     (["inspect", "text.txt"], "text.txt"),

@@ -26,7 +26,8 @@ def test_every_layout_equals_one_process(size, four_ranks):
     }
     for (layout, case), weights in found.items():
         expected = (averaged if layout in ("round_robin", "reduce_scatter") else alone)[case.replace("bf16", "plain")]
-        assert close(weights, expected, 1e-2 if case == "bf16" else 1e-6), (layout, case)
+        # ten steps move a weight by some 5e-3, of which bfloat16 on the wire is a few per cent at most
+        assert close(weights, expected, 2e-4 if case == "bf16" else 1e-6), (layout, case)
     assert len(found) == (22 if size > 1 else 10) + (size == 4)
 
 

@@ -51,3 +51,29 @@ def test_triton_kernels_on_a_gpu():
     x = torch.randn(3, 300, 700, device="cuda", dtype=torch.bfloat16)
     expected = (x.float() @ x.float().mT).bfloat16()
     assert (kernels.symmetric_product(x) - expected).abs().max() / expected.abs().max() < 2e-2
+    both = kernels.symmetric_product(x, alpha=0.5, add=expected, beta=2.0)
+    assert (both - 2.5 * expected).abs().max() / expected.abs().max() < 5e-2
+    w, o, s = (torch.randn(3, 300, n, device="cuda") for n in (700, 700, 1))
+    plain = w.clone()
+    kernels.apply_update(list(w), o, s.abs(), 0.1, True)
+    for i in range(3):
+        kernels._plain_update(plain[i], o[i], s[i].abs(), 0.1, True)
+    assert torch.allclose(w, plain, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_equals_one_on_a_cpu():
+    from isotone.normuon import NorMuon
+
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(4, 96, 64), torch.randn(4, 96, 64)
+    results = []
+    for device in ("cpu", "cuda"):
+        parameters = [torch.nn.Parameter(w.to(device)) for w in weights]
+        optimizer = NorMuon(parameters, ns_dtype=torch.float32)
+        for _ in range(3):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.to(device)
+            optimizer.step()
+        results.append(torch.stack([p.detach().cpu() for p in parameters]))
+    assert (results[0] - results[1]).abs().max() < 1e-5

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -228,6 +229,71 @@ def test_state_dict_is_bit_exact(kind):
             assert other.state[again[0]]["second_moment"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_and_pickles_go_on(copied):
+    params = parameters()
+    optimizer = NorMuon(params, lr=0.01, orthogonalize="ns5")
+    run(optimizer, params, 3)
+    again = copied(optimizer)
+    theirs = again.param_groups[0]["params"]
+    assert all(torch.equal(a, b) for a, b in zip(run(optimizer, params, 2), run(again, theirs, 2), strict=True))
+
+
+def test_state_of_another_kind_or_set_of_gradients_is_taken_over():
+    params, again = parameters(), parameters()
+    plain = Muon(params, lr=0.01)
+    run(plain, params, 2)
+    NorMuon(again, lr=0.01).load_state_dict(copy.deepcopy(plain.state_dict()))
+    loaded = NorMuon(again, lr=0.01)
+    loaded.load_state_dict(copy.deepcopy(plain.state_dict()))
+    run(loaded, again, 1)  # beta2 from our defaults, v from zero
+    assert loaded.state[again[0]]["second_moment"].any()
+    # which parameters have a gradient changes from step to step: each matrix goes its own way all the same
+    one, many = parameters(), parameters()
+    together, apart = NorMuon(many), [NorMuon([p]) for p in one]
+    for step in range(6):
+        feed(one, step), feed(many, step)
+        for i in range(len(one)):
+            if (step + i) % 3 == 0:
+                one[i].grad = many[i].grad = None
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    assert all(torch.allclose(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_first_step_of_the_optimizer_has_even_rows():
+    """Invariant 1 through the engine, and invariant 13: the norm from the row means is that of the step."""
+    (weight,) = parameters([(9, 6)])
+    before = weight.detach().clone()
+    optimizer = NorMuon([weight], lr=1.0, weight_decay=0.0, eps=1e-30, scale=None)
+    run(optimizer, [weight], 1)
+    step = before - weight.detach()
+    rows = step.norm(dim=1)
+    assert torch.allclose(rows, rows.mean().expand(9))
+    orthogonal = zeropower(reference_update(0, weight.shape))
+    assert abs(step.norm() - orthogonal.norm()) < 1e-6
+    assert torch.allclose(optimizer.state[weight]["second_moment"], 0.05 * orthogonal.square().mean(1, keepdim=True))
+
+
+def reference_update(seed, shape):
+    """The first Nesterov update of `feed`: (1 - beta²) G."""
+    generator = torch.Generator().manual_seed(seed)
+    return (1 - 0.95**2) * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_schedulers():
+    params = parameters()
+    optimizer = NorMuon([{"params": params[:2]}, {"params": params[2:], "kind": "adamw"}])
+    for scheduler in (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=5),
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+    ):
+        run(optimizer, params, 1)
+        scheduler.step()
+    assert all(p.isfinite().all() for p in params)
+
+
 def test_layouts_are_their_matrices():
     """Heads, fused parts, experts and convolutions equal the same matrices as parameters of their own."""
 
@@ -373,6 +439,11 @@ def test_refusals_of_settings(options, words):
         ((2, 6, 4), {"num_heads": 2}, "rows"),
         ((2, 3, 3, 3), {"flatten_conv": False}, "flatten_conv"),
         ((6, 4), {"kind": "sgd"}, "sgd"),
+        ((6, 4), {"orthogonalize": "svd"}, "orthogonalize"),
+        ((6, 4), {"num_heads": 0}, "num_heads"),
+        ((6, 4), {"split_sizes": ()}, "split_sizes"),
+        ((0, 4), {}, "entries"),
+        ((6, 4), {"ns_steps": 2.5}, "ns_steps"),
     ],
 )
 def test_refusals_of_groups(shape, options, words):
@@ -389,8 +460,20 @@ def test_refusals_of_tensors():
         NorMuon([Parameter(torch.randn(3, 3, dtype=torch.complex64))])
     p = Parameter(torch.randn(3, 3))
     p.grad = torch.eye(3).to_sparse()
-    with pytest.raises(ValueError, match="dense"):
-        NorMuon([p]).step()
+    for kind in ("matrix", "adamw"):
+        with pytest.raises(ValueError, match="dense"):
+            NorMuon([{"params": [p], "kind": kind}]).step()
+    with pytest.raises(TypeError, match="weigth_decay"):
+        NorMuon(parameters(), weigth_decay=0.5)
+    with pytest.raises(TypeError, match="beta2"):
+        Muon(parameters(), beta2=0.5)
+    params = parameters()
+    optimizer = NorMuon(params)
+    run(optimizer, params, 1)
+    optimizer.param_groups[0]["axis"] = "column"
+    with pytest.raises(ValueError, match="axis or layout"):
+        run(optimizer, params, 1)
+    assert update_stats(fresh := NorMuon(parameters())) == {} and not fresh.state
     with pytest.raises(ValueError, match="huge"):
         convert_lr(0.1, "huge", "rms", 3, 3)
 
@@ -403,5 +486,9 @@ def test_warnings():
             NorMuon([("wte.weight", parameters([(9, 4)])[0])])
         with pytest.raises(UserWarning, match="embedding"):
             NorMuon(parameters([(100, 4)]))
+        with pytest.raises(UserWarning, match="embedding"):
+            NorMuon(parameters([(4, 100)]))
+        with pytest.raises(UserWarning, match="pos_embed"):
+            NorMuon([("encoder.pos_embed", parameters([(1, 9, 4)])[0])])
         with pytest.raises(UserWarning, match="convert_lr"):
             NorMuon(parameters(), lr=0.02)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from isotone.normuon import bench, reproduce, train
 from isotone.normuon.cli import app
@@ -34,6 +34,9 @@ def test_resumed_run_equals_the_uninterrupted_one(optimizer, tmp_path):
     resumed, again = train.train(config, TEXT, folder=tmp_path, checkpoint_every=5)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert again.losses == history.losses and again.row_cv == history.row_cv
+    other = train.Text.from_bytes(b"another text, of which no step was seen\n" * 40, 16)
+    with pytest.raises(InputError, match="data"):
+        train.train(config, other, folder=tmp_path)
     with pytest.raises(InputError, match="lr 0.004"):
         train.train(dataclasses.replace(config, lr=0.5), TEXT, folder=tmp_path)
     fresh, _ = train.train(dataclasses.replace(config, steps=1), TEXT, folder=tmp_path, resume=False)
@@ -64,11 +67,22 @@ def test_the_loss_falls_and_samples_are_text():
     assert model(torch.zeros(2, 16, dtype=torch.long)).shape == (2, 16, 256)
 
 
+def test_micro_batches_and_files_give_the_same_run(tmp_path):
+    (tmp_path / "text").write_bytes(b"so long as men can breathe, or eyes can see\n" * 40)
+    whole, _ = train.train(CONFIG, TEXT)
+    parts, _ = train.train(
+        dataclasses.replace(CONFIG, micro_batch=1), train.Text.from_file(tmp_path / "text", SMALL.context)
+    )
+    difference = max((a - b).abs().max() for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert 0 < difference < 1e-4
+
+
 def test_zero_initialised_gpt_predicts_uniformly():
     assert abs(GPT(SMALL).loss(torch.zeros(1, 17, dtype=torch.long)).item() - 5.5452) < 1e-3
 
 
-@pytest.mark.parametrize("values", [{"steps": 0}, {"lr": float("nan")}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("values", [{"steps": 0}, {"lr": float("nan")}, {"optimizer": "sgd"}, {"micro_batch": 3},
+                                    {"optimizer": "torch-muon", "scale": "rms"}])  # fmt: skip
 def test_bad_configs(values):
     with pytest.raises(InputError):
         train.TrainConfig(**values)
@@ -95,7 +109,11 @@ def test_inspect(tmp_path):
     result = run_cli(app, ["inspect", "model", "--json"], tmp_path)
     stats = json.loads(result.stdout)["matrices"]["blocks.0.up.weight"]
     assert stats["sigma_max"] > stats["sigma_min"] > 0 and 0 < stats["row_cv"] < 1
-    assert "blocks.0.up" in run_cli(app, ["inspect", "model"], tmp_path).stdout
+    shown = run_cli(app, ["inspect", "model"], tmp_path).stdout
+    assert "blocks.0.up" in shown and "inf" in shown, "the zero-initialised projections have no condition number"
+    save_file({"experts": torch.randn(2, 4, 3), "none": torch.empty(0, 3)}, tmp_path / "experts.safetensors")
+    found = json.loads(run_cli(app, ["inspect", "experts.safetensors", "--json"], tmp_path).stdout)["matrices"]
+    assert list(found) == ["experts[0]", "experts[1]"]
 
 
 def test_steps_to_a_loss():
@@ -106,12 +124,15 @@ def test_steps_to_a_loss():
 
 def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
     """The same code at a tiny size: arms, claims, plots; finished arms are not run again."""
-    base = dataclasses.replace(reproduce.SCALE["gpu"].base, steps=6, batch=2, evaluate_every=3, windows=4, model=SMALL)
-    setting = dataclasses.replace(reproduce.SCALE["gpu"], base=base, bytes=20_000)
+    base = dataclasses.replace(
+        reproduce.SCALE["gpu"].base, steps=6, batch=2, micro_batch=1, evaluate_every=3, windows=4, model=SMALL
+    )
+    setting = dataclasses.replace(reproduce.SCALE["gpu"], base=base, bytes=20_000, checkpoint_every=2)
     monkeypatch.setitem(reproduce.SCALE, "gpu", setting)
     run = Run(tmp_path, seeds=(0, 1, 2), device="cpu", quiet=True)
     report = reproduce.reproduce("gpu", run)
     values = {m.claim.id: m.measured for m in report.measurements}
+    assert not list((tmp_path / "unfinished").iterdir()), "a finished arm keeps no checkpoints"
     assert values["steps-saved-adamw"] is not None and values["steps-saved-5b"] is None
     assert set(report.figures) == {"loss", "learning-rates", "row-variation"}
     assert report.save(tmp_path).name == "reproduce-gpu.json"
@@ -123,8 +144,8 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
 def test_bench_on_tiny_shapes(tmp_path):
     shapes = [(24, 16), (16, 24)]
     assert bench.check_equal_to_torch(shapes, "cpu") < 2e-4
-    with pytest.raises(RuntimeError, match="a peer"):
-        bench._check_equal(shapes, "cpu", "a peer", bench._normuon(), bench._adamw)
+    with pytest.raises(RuntimeError, match="a peer"):  # NorMuon for Muon is found out
+        bench._check_equal(shapes, "cpu", "a peer", bench._normuon(), lambda p: torch.optim.Muon(p, lr=1e-3))
     report = bench.bench(Run(tmp_path, device="cpu", quiet=True), "tiny")
     rows = {row.id: row for row in report.ratios}
     assert {"muon-torch", "normuon-muon", "state-adamw"} <= set(rows)

@@ -32,11 +32,12 @@ def _layer(dim: int) -> list[tuple[int, int]]:
 SHAPES = {
     "gpt-124m": _layer(768) * 12,
     "gpt-1.1b": _layer(1792) * 26,
+    "gpt-5.4b": _layer(3840) * 30,
     "gpt-124m-layer": _layer(768),
     "gpt-256-layer": _layer(256),
     "tiny": [(32, 32)] * 4 + [(64, 32), (32, 64)],
 }
-SMALL = {"gpt-124m": "gpt-256-layer", "gpt-1.1b": "gpt-256-layer", "gpt-124m-layer": "gpt-256-layer"}
+SMALL = dict.fromkeys(("gpt-124m", "gpt-1.1b", "gpt-5.4b", "gpt-124m-layer"), "gpt-256-layer")
 MANY = [(16, 16)] * 100
 ROUNDS = 6
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "orthogonalize": "ns5", "scale": "original"}
@@ -179,7 +180,8 @@ def _check_equal(shapes: list[tuple[int, int]], where: str, name: str, ours: Any
                 parameter.grad = gradient.clone()  # a peer may write into it
             optimizer.step()
     difference = max((a - b).abs().max().item() for a, b in zip(*pair, strict=True))
-    if difference > 2e-4:  # two steps of bfloat16 products in another order
+    # two steps of 1e-3 in bfloat16, products in another order; Muon and NorMuon differ by five times as much
+    if difference > 2e-5:
         raise RuntimeError(f"expected the updates of {name}, got a difference of {difference}")
     return difference
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from isotone.normuon import distributed as ranks
 from isotone.normuon.layout import Layout, layout_of
+from isotone.normuon.normalize import shape_factor
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -23,10 +24,14 @@ State = MutableMapping[Tensor, dict[str, Any]]
 class Bucket:
     """K parameters of one layout, placement, dtype and device; `layout` is of each."""
 
-    def __init__(self, parameters: Sequence[Tensor], layout: Layout, placement: ranks.Placement) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], layout: Layout, placement: ranks.Placement, first: int = 0
+    ) -> None:
         self.parameters = list(parameters)
         self.layout = layout
         self.placement = placement
+        self.first = first
+        """The rank that owns the first matrix; the others follow round-robin."""
         rows, columns = _held(ranks.local(self.parameters[0]), layout, placement)
         self.shape = (rows, columns)
         """Rows and columns that this rank holds of each carrier."""
@@ -44,6 +49,15 @@ class Bucket:
         """Under ZeRO-2, the matrices whose state and update are this rank's, as a bucket of their own."""
         self._views: dict[str, list[Tensor]] = {}
         self._stacked: dict[str, Tensor] = {}
+        self._factors: dict[tuple[str | None, torch.dtype], Tensor] = {}
+
+    def shape_factors(self, scale: str | None, dtype: torch.dtype) -> Float[Tensor, " blocks"]:
+        """`shape_factor` of each block; copied to the device once."""
+        if (scale, dtype) not in self._factors:
+            factors = [shape_factor(scale, *matrix) for matrix in self.layout.matrices]
+            device = ranks.local(self.parameters[0]).device
+            self._factors[scale, dtype] = torch.tensor(factors, dtype=dtype, device=device)
+        return self._factors[scale, dtype]
 
     def gradients(self) -> Float[Tensor, "k rows columns"]:
         """The gradients, copied, in the weights' dtype."""
@@ -84,7 +98,12 @@ class Bucket:
         views = []
         for slot, parameter in zip(stacked, self.parameters, strict=True):
             if key in state[parameter]:
-                slot.copy_(ranks.local(state[parameter][key]).reshape(shape))
+                held = ranks.local(state[parameter][key])
+                if held.numel() != slot.numel():
+                    raise ValueError(
+                        f"expected {key} of shape {shape}, got {tuple(held.shape)}: another axis or layout"
+                    )
+                slot.copy_(held.reshape(shape))
             views.append(wrap(slot, parameter, self.layout, self.placement))
             state[parameter][key] = views[-1]
         self._stacked[key], self._views[key] = stacked, views
@@ -137,10 +156,14 @@ def make_buckets(
         key = (layout.shape, layout.blocks, layout.axis, *where, *kind, -1 if foreach else index)
         # a permuted or sharded tensor of one carrier may hold another number of rows: only equal shapes share one
         found.setdefault((*key, tuple(ranks.local(parameter).shape)), ([], layout, placement))[0].append(parameter)
-    buckets = [Bucket(*found[key]) for key in sorted(found)]
-    for bucket in buckets:
+    buckets, dealt = [], 0
+    for key in sorted(found):
+        bucket = Bucket(*found[key], first=dealt % found[key][2].world)
+        buckets.append(bucket)
+        dealt += len(bucket.parameters)
         if strategy == "reduce_scatter" and bucket.placement.dim is None and bucket.placement.world > 1:
-            owned = bucket.parameters[ranks.own_slice(len(bucket.parameters), bucket.placement.group)]
+            mine = ranks.owned(len(bucket.parameters), bucket.placement.group, bucket.first)
+            owned = [bucket.parameters[i] for i in mine]
             bucket.owned = Bucket(owned, bucket.layout, ranks.Placement()) if owned else None
     return buckets
 

@@ -13,6 +13,7 @@ from isotone.normuon import bench as benchmark
 from isotone.normuon import reproduce as reproduction
 from isotone.normuon import train as training
 from isotone.normuon.gpt import GPTConfig
+from isotone.normuon.normalize import convert_lr
 from isotone.normuon.stats import matrix_stats
 from isotone.shared import data, device, progress
 from isotone.shared.claims import Report, figure
@@ -28,7 +29,9 @@ def train(
     run: Run,
     text: Annotated[Path | None, Opt(help="a file of bytes; default: the interpreter's own library source")] = None,
     optimizer: Annotated[str, Opt(help="adamw, torch-muon, muon or normuon")] = "normuon",
-    lr: Annotated[float, Opt(help="rate of the hidden matrices, in the units of --scale-mode")] = 0.02,
+    lr: Annotated[
+        float | None, Opt(help="rate of the hidden matrices, in the units of --scale-mode; a usual one if not given")
+    ] = None,
     scale_mode: Annotated[str, Opt(help="rms, original, spectral or match_rms_adamw")] = "original",
     steps: Annotated[int, Opt(help="steps")] = 300,
     batch: Annotated[int, Opt(help="windows a step")] = 16,
@@ -45,13 +48,19 @@ def train(
         model_config = GPTConfig(dim=dim, layers=layers, heads=heads, context=context)
     except ValueError as error:
         raise InputError(str(error)) from None
-    seed = (run.seeds or (0,))[0]
-    config = training.TrainConfig(
-        optimizer, lr, scale=scale_mode, steps=steps, batch=batch, seed=seed, model=model_config
-    )
+    seeds = run.seeds or (0,)
+    if len(seeds) > 1:
+        raise InputError(f"expected one seed for one training, got --seeds {','.join(map(str, seeds))}")
     reproduction.check_scale_mode(scale_mode)
-    corpus = text.read_bytes() if text is not None else data.stdlib_text(1_100_000).encode()
-    parts = training.Text.from_bytes(corpus, context, str(text or "the library source"))
+    if lr is None:
+        lr = 2e-3 if optimizer == "adamw" else convert_lr(0.02, "original", scale_mode, dim, dim)
+    config = training.TrainConfig(
+        optimizer, lr, scale=scale_mode, steps=steps, batch=batch, seed=seeds[0], model=model_config
+    )
+    if text is not None:
+        parts = training.Text.from_file(text, context)
+    else:
+        parts = training.Text.from_bytes(data.stdlib_text(1_100_000).encode(), context, "the library source")
     where = device.resolve(run.device)
     with progress.bar(f"{optimizer}", steps, run.silent) as bar:
         model, history = training.train(
@@ -82,7 +91,7 @@ def inspect(
     files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     if not files:
         raise InputError(f"expected .safetensors files in {str(checkpoint)!r}, found none")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for path in files:
         if not path.exists():
             raise InputError(f"expected a checkpoint at {str(path)!r}, found none")
@@ -92,11 +101,14 @@ def inspect(
                     tensor = file.get_tensor(name)
                     if tensor.ndim < 2 or not tensor.is_floating_point():
                         continue
-                    matrix = tensor.flatten(1)
-                    if not matrix.isfinite().all():
+                    if not tensor.isfinite().all():
                         raise InputError(f"expected finite numbers, got NaN or infinity in {name} of {str(path)!r}")
-                    stats = matrix_stats(matrix.float())
-                    found[name] = {key: value if math.isfinite(value) else 0.0 for key, value in stats.items()}
+                    # three dimensions are a batch of matrices, four a convolution, as the optimizer has them
+                    several = {f"{name}[{i}]": part for i, part in enumerate(tensor)} if tensor.ndim == 3 else {}
+                    for key, matrix in (several or {name: tensor.flatten(1)}).items():
+                        if matrix.numel():
+                            figures = matrix_stats(matrix.float()).items()
+                            found[key] = {k: value if math.isfinite(value) else None for k, value in figures}
         except SafetensorError as error:
             raise InputError(f"expected a safetensors file, got {str(path)!r}: {error}") from None
     if run.json:
@@ -107,7 +119,7 @@ def inspect(
 
         table = Table(Column("matrix", no_wrap=True), *next(iter(found.values()), {}))
         for name, stats in found.items():
-            table.add_row(name, *(f"{value:.3g}" for value in stats.values()))
+            table.add_row(name, *("inf" if value is None else f"{value:.3g}" for value in stats.values()))
         Console().print(table)
     return {"matrices": len(found)}
 
@@ -126,7 +138,8 @@ def reproduce(
 def bench(
     run: Run,
     shapes: Annotated[
-        str | None, Opt(help="gpt-124m (a GPU's default), gpt-1.1b, gpt-124m-layer (a CPU's), gpt-256-layer or tiny")
+        str | None,
+        Opt(help="gpt-124m (a GPU's default), gpt-1.1b, gpt-5.4b, gpt-124m-layer (a CPU's), gpt-256-layer or tiny"),
     ] = None,
 ) -> Report:
     """Step time and optimizer memory beside torch.optim.Muon, AdamW and pytorch-optimizer's NorMuon."""

@@ -133,23 +133,34 @@ def like_weight(part: Tensor, parameter: Tensor, layout: Layout, placement: Plac
     return DTensor.from_local(view, mesh, placements, run_check=False, shape=parameter.shape, stride=stride)
 
 
-def own_slice(count: int, group: Any) -> slice:
-    """Which of `count` matrices are this rank's."""
-    each = math.ceil(count / dist.get_world_size(group))
-    return slice(dist.get_rank(group) * each, (dist.get_rank(group) + 1) * each)
+def owned(count: int, group: Any, first: int) -> list[int]:
+    """Which of `count` matrices are this rank's, dealt out round-robin from rank `first` on."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    return list(range((rank - first) % world, count, world))
+
+
+def slots(count: int, world: int, first: int) -> list[int]:
+    """Where each of `count` matrices stands among world * ceil(count / world) places, an owner's side by side."""
+    each = math.ceil(count / world)
+    return [(i + first) % world * each + i // world for i in range(count)]
 
 
 class Exchange:
     """The journey of one bucket: `start`, `matrices` (whole ones, of this rank), `send` back, `collect`.
 
-    `updates`: K local parts of one shape and placement, (K, rows, columns). Where nothing is sharded, nothing moves.
+    `updates`: K local parts of one shape and placement, (K, rows, columns); `first`: the rank that owns the first of
+    them. Where nothing is sharded, nothing moves.
     """
 
-    def __init__(self, updates: Tensor, layout: Layout, placement: Placement, wire: torch.dtype | None):
+    def __init__(
+        self, updates: Tensor, layout: Layout, placement: Placement, wire: torch.dtype | None, first: int = 0
+    ) -> None:
         self.updates, self.layout, self.placement = updates, layout, placement
         self.wire = wire or updates.dtype
         self.world = placement.world
         self.each = math.ceil(len(updates) / self.world)  # matrices a rank owns, the last ones padding
+        self.first = first
+        self.slots = slots(len(updates), self.world, first)
         self.work: Any = None
         self.buffer: Tensor | None = None
         self.sent: Tensor | None = None
@@ -158,9 +169,9 @@ class Exchange:
         if self.world == 1:
             return
         if self.placement.dim is None:
-            mine = self.updates[own_slice(len(self.updates), self.placement.group)]
+            mine = owned(len(self.updates), self.placement.group, self.first)
             self.buffer = self.updates.new_zeros(self.each, *self.layout.shape)
-            self.buffer[: len(mine)] = mine
+            self.buffer[: len(mine)] = self.updates[mine]
             return
         self.sent = self._padded()
         self.buffer = torch.empty_like(self.sent)
@@ -202,7 +213,7 @@ class Exchange:
             return self.sent
         assert self.buffer is not None
         self.work.wait()
-        results = self.buffer[: len(self.updates)]
+        results = self.buffer[self.slots]
         if self.placement.dim is not None:
             held = self.updates.shape[1 + self.placement.dim]
             results = results[:, :held]
@@ -210,11 +221,11 @@ class Exchange:
         return results.to(self.updates.dtype)
 
     def _padded(self) -> Tensor:
-        """(world * each, chunk, other): what goes to rank r stands at r * each; missing rows are zero."""
+        """(world * each, chunk, other): what goes to rank r stands from r * each on; missing rows are zero."""
         parts = self.updates.mT if self.placement.dim == 1 else self.updates
         other = self.layout.shape[1 - int(self.placement.dim or 0)]
         out = torch.zeros(self.world * self.each, self.placement.chunk, other, dtype=self.wire, device=parts.device)
-        out[: len(parts), : parts.shape[1]] = parts
+        out[self.slots, : parts.shape[1]] = parts.to(self.wire)
         return out
 
 
@@ -230,19 +241,20 @@ def sum_over_ranks(pieces: Sequence[tuple[Tensor, Any]]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def mean_scatter(gradients: Tensor, group: Any) -> Tensor:
+def mean_scatter(gradients: Tensor, group: Any, first: int) -> Tensor:
     """The averaged gradients of the matrices this rank owns, padded with zeros: (each, m, n) of (K, m, n) (ZeRO-2)."""
     world = dist.get_world_size(group)
     each = math.ceil(len(gradients) / world)
     padded = gradients.new_zeros(world * each, *gradients.shape[1:])
-    padded[: len(gradients)] = gradients
+    padded[slots(len(gradients), world, first)] = gradients
     own = padded.new_empty(each, *gradients.shape[1:])
     dist.reduce_scatter_tensor(own, padded, group=group)
     return own.div_(world)
 
 
-def gather_weights(own: Tensor, count: int, group: Any) -> Tensor:
+def gather_weights(own: Tensor, count: int, group: Any, first: int) -> Tensor:
     """The weights of all `count` matrices from those each rank owns."""
-    whole = own.new_empty(dist.get_world_size(group) * own.shape[0], *own.shape[1:])
+    world = dist.get_world_size(group)
+    whole = own.new_empty(world * own.shape[0], *own.shape[1:])
     dist.all_gather_into_tensor(whole, own.contiguous(), group=group)
-    return whole[:count]
+    return whole[slots(count, world, first)]

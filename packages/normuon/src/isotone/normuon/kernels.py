@@ -84,7 +84,13 @@ def apply_update(
     """
     if orthogonal.numel() == 0:
         return
-    if use_triton(weights[0]) and orthogonal.is_contiguous() and all(weight.is_contiguous() for weight in weights):
+    exact = weights[0].dtype == torch.float64  # the kernel works in float32
+    if (
+        use_triton(weights[0])
+        and not exact
+        and orthogonal.is_contiguous()
+        and all(weight.is_contiguous() for weight in weights)
+    ):
         for weight, update, rows in zip(weights, orthogonal, scale, strict=True):
             _triton_update(weight, update, rows, decay, cautious)
     elif cautious or weights[0].element_size() < 4:
@@ -130,7 +136,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
         DEPTH: tl.constexpr,
     ):
-        row, column, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        row, column, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         if column < row:
             return
         rows = row * BLOCK + tl.arange(0, BLOCK)

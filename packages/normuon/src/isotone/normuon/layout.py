@@ -45,6 +45,8 @@ def layout_of(shape: Sequence[int], options: Mapping[str, Any], name: str = "par
     """
     if len(shape) < 2:
         raise ValueError(f"expected {name} of a matrix group to have 2 dimensions or more, got shape {tuple(shape)}")
+    if 0 in shape:
+        raise ValueError(f"expected {name} of a matrix group to have entries, got shape {tuple(shape)}")
     experts = len(shape) == 3 and bool(options.get("experts", True))
     if experts:
         carrier, blocks = (shape[0] * shape[1], shape[2]), (shape[1],) * shape[0]
@@ -56,13 +58,13 @@ def layout_of(shape: Sequence[int], options: Mapping[str, Any], name: str = "par
     else:
         raise ValueError(f"expected flatten_conv for {name} of shape {tuple(shape)}, got flatten_conv=False")
     split, heads = options.get("split_sizes"), options.get("num_heads")
-    if (split or heads) and experts:
+    if (split is not None or heads is not None) and experts:
         raise ValueError(f"expected split_sizes and num_heads for a weight of rows, got shape {tuple(shape)}")
-    if split:
-        if sum(split) != shape[0] or min(split) < 1:
+    if split is not None:
+        if not split or sum(split) != shape[0] or min(split) < 1:
             raise ValueError(f"expected split_sizes of {name} to sum to {shape[0]}, got {tuple(split)}")
         blocks = tuple(split)
-    if heads:
+    if heads is not None:
         counts = (heads,) * len(blocks) if isinstance(heads, int) else tuple(heads)
         if len(counts) != len(blocks) or any(h < 1 or rows % h for h, rows in zip(counts, blocks, strict=False)):
             raise ValueError(f"expected num_heads to divide the rows {blocks} of {name}, got {heads}")
@@ -106,13 +108,15 @@ def split_params(
     return [group for group in groups if group["params"]]
 
 
+_NOT_HIDDEN = {"embed", "embedding", "embeddings", "wte", "wpe", "head", "unembed", "cls"}
+
+
 def warn_of_embeddings(named: Iterable[tuple[str, Tensor]]) -> None:
     """Warn of matrices that look like an embedding or an output head: by name, or by aspect ratio."""
     for name, parameter in named:
-        rows, columns = parameter.shape[0], int(torch.Size(parameter.shape[1:]).numel())
-        words = set(name.lower().replace("_", ".").split("."))
-        by_name = words & {"embed", "embedding", "embeddings", "wte", "wpe", "head", "unembed"}
-        if parameter.ndim == 2 and (by_name or rows > _SUSPICIOUS_ASPECT * columns):
+        by_name = set(name.lower().replace("_", ".").split(".")) & _NOT_HIDDEN
+        sides = sorted(parameter.shape)
+        if by_name or (parameter.ndim == 2 and sides[1] > _SUSPICIOUS_ASPECT * sides[0]):
             warnings.warn(
                 f"{name or 'a parameter'} of shape {tuple(parameter.shape)} is in a matrix group and looks like an "
                 "embedding or an output head; those belong to a group of kind 'adamw'",

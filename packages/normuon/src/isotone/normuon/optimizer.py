@@ -21,20 +21,23 @@ from isotone.normuon import distributed as ranks
 from isotone.normuon.bucket import Bucket, make_buckets
 from isotone.normuon.kernels import apply_update
 from isotone.normuon.layout import AXES, Layout, layout_of, warn_of_embeddings
-from isotone.normuon.normalize import check_scale, inverse_root, shape_factor, step_factor
+from isotone.normuon.normalize import check_scale, inverse_root, step_factor
 from isotone.normuon.orthogonalize import Method, check_method, zeropower
 
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 KINDS = ("matrix", "adamw")
+# what holds for the whole optimizer and not for a group
+_SETTINGS = ("_adamw", "_mesh", "_strategy", "_foreach", "_compile", "_wire_dtype", "_ns_dtype", "_orthogonalize")
 
 
 class Muon(Optimizer):
     """Muon: momentum, orthogonalised, with decoupled weight decay; the engine of `NorMuon` without its v.
 
     `params`: parameters, (name, parameter) pairs or groups. A group has `kind` "matrix" (the default; two
-    dimensions or more) or "adamw" (embeddings, heads, norms, biases: `adamw` holds their settings), and may
-    override any setting, and set `split_sizes` (fused QKV: rows of each part), `num_heads`, `axis`, and `experts`
-    (whether three dimensions are a batch of matrices, as by default, or a 1-D convolution).
+    dimensions or more) or "adamw" (embeddings, heads, norms, biases: `adamw` holds their settings). It may override
+    `lr`, `momentum`, `beta2`, `weight_decay`, `nesterov`, `eps`, `scale`, `ns_steps`, `cautious`, `flatten_conv`, and
+    set `split_sizes` (fused QKV: rows of each part), `num_heads`, `axis`, and `experts` (whether three dimensions
+    are a batch of matrices, as by default, or a 1-D convolution).
 
     - `lr`, `weight_decay`: W <- W - lr weight_decay W - lr f O (decoupled, with the base rate).
     - `momentum`, `nesterov`: M <- lerp(M, G, 1 - momentum); U = lerp(G, M, momentum) with Nesterov, M without.
@@ -44,7 +47,8 @@ class Muon(Optimizer):
     - `cautious`: decay only where update and weight agree in sign.
     - `mesh`: for parameters that are not DTensors, the 1-D mesh or process group of data-parallel ranks;
       `strategy` "round_robin" (gradients are averaged already, as DDP does; each rank orthogonalises its share)
-      or "reduce_scatter" (they are not: ZeRO-2, momentum only on the owner). DTensors (FSDP2, HSDP) bring theirs.
+      or "reduce_scatter" (they are not: ZeRO-2; the state of a matrix only on its owner, AdamW's on all; the same
+      parameters must have gradients on every rank). DTensors (FSDP2, HSDP) bring theirs.
     - `wire_dtype`: what crosses between ranks (None: the parameter's own).
     - `foreach`: matrices of one shape as one batch.
 
@@ -76,6 +80,8 @@ class Muon(Optimizer):
         flatten_conv: bool = True,
         **more: Any,
     ) -> None:
+        if unexpected := set(more) - ({"beta2", "axis"} if self.normalise else set()):
+            raise TypeError(f"expected settings of {type(self).__name__}, got {sorted(unexpected)[0]!r}")
         if strategy not in ranks.STRATEGIES:
             raise ValueError(f"expected strategy to be one of {', '.join(ranks.STRATEGIES)}, got {strategy!r}")
         unknown = set(adamw or {}) - set(ADAMW)
@@ -83,19 +89,32 @@ class Muon(Optimizer):
             raise ValueError(f"expected adamw settings among {', '.join(ADAMW)}, got {sorted(unknown)[0]!r}")
         self._adamw = {**ADAMW, **(adamw or {})}
         self._mesh, self._strategy, self._foreach, self._compile = mesh, strategy, foreach, compile
-        self._wire, self._ns_dtype, self._orthogonalize = wire_dtype, ns_dtype, orthogonalize
+        self._wire_dtype, self._ns_dtype, self._orthogonalize = wire_dtype, ns_dtype, orthogonalize
         self._plans: dict[int, tuple[tuple, list[Bucket]]] = {}
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         defaults |= dict(eps=eps, scale=scale, ns_steps=ns_steps, cautious=cautious, flatten_conv=flatten_conv)
         defaults |= {"kind": "matrix", "axis": "row", "split_sizes": None, "num_heads": None, "experts": True}
-        defaults |= {"betas": None, **more}
+        defaults |= more
         super().__init__(params, defaults)
 
     # --- configuration ------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along; `Optimizer`'s own leaves our settings out."""
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _SETTINGS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:  # a checkpoint of Muon has no beta2, one of an older version not all settings
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; an "adamw" one takes what it does not set from the optimizer's `adamw`."""
         group = dict(param_group)
+        if whole := sorted({name.removeprefix("_") for name in _SETTINGS} & set(group)):
+            raise ValueError(f"expected {whole[0]} for the whole optimizer, got it in a group")
         kind = group.setdefault("kind", "matrix")
         if kind not in KINDS:
             raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
@@ -182,7 +201,13 @@ class Muon(Optimizer):
     def _orthogonalized(self, group: dict[str, Any], pairs: list[tuple[Bucket, Tensor]]) -> list[Tensor]:
         """Steps 1 to 3 of section 2.9; the shards of the next bucket travel while this one is orthogonalised."""
         exchanges = [
-            ranks.Exchange(self._momentum(group, bucket, gradients), bucket.layout, bucket.placement, self._wire)
+            ranks.Exchange(
+                self._momentum(group, bucket, gradients),
+                bucket.layout,
+                bucket.placement,
+                self._wire_dtype,
+                bucket.first,
+            )
             for bucket, gradients in pairs
         ]
         for number, exchange in enumerate(exchanges):
@@ -251,12 +276,12 @@ class Muon(Optimizer):
     ) -> None:
         """W <- (1 - lr decay) W - lr f r O (line 7), one factor f a block."""
         rate = float(group["lr"])
-        factors = [shape_factor(group["scale"], *matrix) for matrix in bucket.layout.matrices]
-        factor = torch.tensor(factors, dtype=torch.float64, device=orthogonal.device)
+        dtype = torch.promote_types(orthogonal.dtype, torch.float32) if norms is None else norms.dtype
+        factor = bucket.shape_factors(group["scale"], dtype)
         if norms is None:
-            scaled = factor.to(torch.promote_types(orthogonal.dtype, torch.float32)).expand(len(orthogonal), -1)
+            scaled = factor.expand(len(orthogonal), -1)
         else:
-            scaled = step_factor(group["scale"], factor.to(norms.dtype), norms[0], norms[1])
+            scaled = step_factor(group["scale"], factor, norms[0], norms[1])
         scaled = rate * scaled
         if inverse is not None and bucket.layout.axis == "column":
             each = scaled[..., None] * inverse
@@ -278,14 +303,14 @@ class Muon(Optimizer):
     def _step_scattered(self, group: dict[str, Any], bucket: Bucket) -> None:
         """Gradients are averaged by a reduce-scatter; the owner updates, and weights are gathered."""
         process_group = bucket.placement.group
-        gradients = ranks.mean_scatter(bucket.gradients(), process_group)
+        gradients = ranks.mean_scatter(bucket.gradients(), process_group, bucket.first)
         weights = torch.zeros_like(gradients)
         if bucket.owned is not None:
             own = gradients[: len(bucket.owned.parameters)]
             self._update(group, [bucket.owned], self._orthogonalized(group, [(bucket.owned, own)]))
             for slot, weight in zip(weights, bucket.owned.weights(), strict=False):
                 slot.copy_(weight)
-        whole = ranks.gather_weights(weights, len(bucket.parameters), process_group)
+        whole = ranks.gather_weights(weights, len(bucket.parameters), process_group, bucket.first)
         for parameter, weight in zip(bucket.parameters, whole, strict=True):
             parameter.copy_(weight.view(parameter.shape))
 
@@ -295,6 +320,8 @@ class Muon(Optimizer):
         if not parameters:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if sparse := [g for g in gradients if g.layout != torch.strided]:
+            raise ValueError(f"expected dense gradients, got {sparse[0].layout}")
         if self._strategy == "reduce_scatter" and self._mesh is not None:
             process_group = ranks.group_of(self._mesh)
             gradients = [g.clone() for g in gradients]

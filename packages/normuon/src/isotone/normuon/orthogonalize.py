@@ -52,7 +52,7 @@ def check_method(method: Method, steps: int) -> None:
     """Raise `ValueError` on an unknown method or a number of steps outside [1, 100)."""
     if not callable(method) and method not in METHODS:
         raise ValueError(f"expected orthogonalize to be one of {', '.join(METHODS)} or a callable, got {method!r}")
-    if not 1 <= steps < 100:
+    if not (isinstance(steps, int) and 1 <= steps < 100):
         raise ValueError(f"expected 1 <= ns_steps < 100, got {steps}")
 
 
@@ -67,7 +67,8 @@ def zeropower(
 
     `method`: "ns5" (Jordan), "ns5-table", "polar_express", "svd" (exact) or a callable on a (batch, m, n)
     tensor. `dtype`: what the products run in; None means bfloat16 on a GPU and the input's own on a CPU
-    (bfloat16 and float16 inputs run in float32 there). Zero matrices and zero rows stay zero. Raises
+    (bfloat16 and float16 inputs run in float32 there). Zero matrices and zero rows stay zero; a Frobenius norm
+    beyond float32's range (entries of some 1e19) gives zero, and one below 1e-6 a smaller factor. Raises
     `ValueError` on an unknown method or `steps` outside [1, 100).
     """
     check_method(method, steps)

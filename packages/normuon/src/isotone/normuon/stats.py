@@ -48,7 +48,7 @@ def update_stats(optimizer: Muon) -> dict[str, dict[str, float]]:
         if group["kind"] != "matrix":
             continue
         for name, parameter in zip(names, group["params"], strict=True):
-            if "momentum_buffer" in optimizer.state[parameter]:
+            if "momentum_buffer" in optimizer.state.get(parameter, {}):
                 found |= _parameter_stats(optimizer, group, name, parameter)
     return found
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from isotone.normuon.layout import split_params
 from isotone.normuon.optimizer import Muon, NorMuon
 from isotone.normuon.stats import update_stats
 from isotone.shared.checkpoint import CheckpointStore, load_latest
+from isotone.shared.data import sha256
 from isotone.shared.errors import InputError
 
 OPTIMIZERS = ("adamw", "torch-muon", "muon", "normuon")
+_TORCH_SCALES = {"original": "original", "spectral": "spectral_unclamped", "match_rms_adamw": "match_rms_adamw"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class TrainConfig:
     """One training run. `lr` is the arm's own rate: of the matrices (`scale`'s units), or of AdamW.
 
     Everything that is not a hidden matrix takes AdamW at `adamw_lr` with betas (0.9, 0.95). The rate is constant
-    for 60 % of the steps and then falls to 0 linearly.
+    for 60 % of the steps and then falls to 0 linearly. `micro_batch`: windows in one forward pass (None: all);
+    gradients of a step are averaged over its passes. On a GPU the model runs in bfloat16 autocast.
     """
 
     optimizer: str = "normuon"
@@ -48,6 +51,7 @@ class TrainConfig:
     evaluate_every: int = 10
     windows: int = 64
     ns_steps: int = 5
+    micro_batch: int | None = None
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
@@ -56,6 +60,11 @@ class TrainConfig:
         for name in ("steps", "batch", "evaluate_every", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and not (1 <= self.micro_batch and self.batch % self.micro_batch == 0):
+            raise InputError(f"expected micro_batch to divide the batch of {self.batch}, got {self.micro_batch}")
+        if self.optimizer == "torch-muon" and self.scale not in _TORCH_SCALES:
+            known = ", ".join(_TORCH_SCALES)
+            raise InputError(f"expected a scale of torch.optim.Muon ({known}), got {self.scale!r}")
         for name in ("lr", "adamw_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -64,19 +73,33 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes, 90 % to train on and the rest to validate on."""
+    """Bytes, 90 % to train on and the rest to validate on; `sha256` of all of them."""
 
     train: UInt8[Tensor, " n"]
     validation: UInt8[Tensor, " m"]
+    sha256: str = ""
 
     @classmethod
     def from_bytes(cls, data: bytes, context: int, name: str = "the text") -> Text:
         """Raises `InputError` where either part is shorter than a window of `context` + 1 bytes."""
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return cls._cut(tensor, context, name, sha256(data))
+
+    @classmethod
+    def from_file(cls, path: Path, context: int) -> Text:
+        """The file at `path` by memory map: it may be larger than memory. Raises `InputError` as `from_bytes`."""
+        size = path.stat().st_size
+        if size == 0:
+            return cls.from_bytes(b"", context, str(path))
+        tensor = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return cls._cut(tensor, context, str(path), sha256(path))
+
+    @classmethod
+    def _cut(cls, tensor: Tensor, context: int, name: str, digest: str) -> Text:
         cut = len(tensor) * 9 // 10
         if len(tensor) - cut < context + 2:
             raise InputError(f"expected {name} to have at least {10 * (context + 2)} bytes, got {len(tensor)}")
-        return cls(tensor[:cut], tensor[cut:])
+        return cls(tensor[:cut], tensor[cut:], digest)
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -90,7 +113,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> list[torch.optim.Optimize
         arms = [{"params": matrices, "lr": config.lr, "weight_decay": decay}, rest]
         return [torch.optim.AdamW(arms, betas=betas)]
     if config.optimizer == "torch-muon":
-        adjust = {"original": "original", "match_rms_adamw": "match_rms_adamw"}.get(config.scale)
+        adjust = _TORCH_SCALES[config.scale]
         muon = torch.optim.Muon(
             matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn=adjust, ns_steps=config.ns_steps
         )
@@ -111,12 +134,15 @@ def make_optimizer(model: GPT, config: TrainConfig) -> list[torch.optim.Optimize
 
 @dataclass
 class History:
-    """What a run left: validation loss (nats a byte) at `steps`, row variation of the updates, seconds of steps."""
+    """What a run left: validation loss (nats a byte) at `steps`, of the orthogonalised momentum before and after
+    normalisation the row variation and sigma_max / sigma_min (geometric mean over matrices), and seconds of steps."""
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     row_cv: list[float] = field(default_factory=list)
     row_cv_after: list[float] = field(default_factory=list)
+    condition: list[float] = field(default_factory=list)
+    condition_after: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -145,14 +171,15 @@ def train(
         if not resume:
             store.clear()
         elif (saved := load_latest(folder, "torch")) is not None:
-            _check_config(config, saved.state["config"], folder)
+            _check_config({**dataclasses.asdict(config), "data": text.sha256}, saved.state["config"], folder)
             _restore(model, optimizers, saved.arrays, saved.state)
             history, first = History(**saved.state["history"]), saved.step
 
         def keep(step: int) -> None:
             if step % checkpoint_every == 0 or step == config.steps:
                 arrays, state = _snapshot(model, optimizers)
-                state |= {"config": dataclasses.asdict(config), "history": dataclasses.asdict(history)}
+                identity = {**dataclasses.asdict(config), "data": text.sha256}
+                state |= {"config": identity, "history": dataclasses.asdict(history)}
                 store.save(step, arrays, state)
 
         _loop(model, optimizers, config, text, device, history, first, on_step, keep)
@@ -185,13 +212,17 @@ def _loop(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-        loss = model.loss(_batch(text.train, config, step).to(device))
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        passes = _batch(text.train, config, step).to(device).split(config.micro_batch or config.batch)
+        value = 0.0
+        for windows in passes:
+            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+                loss = model.loss(windows) / len(passes)
+            loss.backward()
+            value += loss.item()
         for optimizer in optimizers:
             optimizer.step()
-        value = loss.item()
         history.seconds += time.perf_counter() - start
         if not math.isfinite(value):
             raise InputError(f"expected a finite loss, got {value} at step {step} with lr {config.lr}")
@@ -203,6 +234,8 @@ def _loop(
                 stats = update_stats(optimizers[0]).values()
                 history.row_cv.append(sum(s["row_cv"] for s in stats) / len(stats))
                 history.row_cv_after.append(sum(s["row_cv_after"] for s in stats) / len(stats))
+                history.condition.append(_condition(stats, ""))
+                history.condition_after.append(_condition(stats, "_after"))
         keep(done)
         on_step(done, value)
 
@@ -213,7 +246,16 @@ def validate(model: GPT, config: TrainConfig, text: Text, device: str) -> float:
     context = config.model.context
     starts = torch.linspace(0, len(text.validation) - context - 1, config.windows).long()
     windows = text.validation[starts[:, None] + torch.arange(context + 1)].long()
-    return model.loss(windows.to(device)).item()
+    parts = windows.to(device).split(config.micro_batch or config.windows)
+    with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        return sum(model.loss(part).item() * len(part) for part in parts) / len(windows)
+
+
+def _condition(stats: Collection[dict[str, float]], which: str) -> float:
+    """Geometric mean of sigma_max / sigma_min over the matrices of full rank; 1 where there is none."""
+    pairs = [(s["sigma_max" + which], s["sigma_min" + which]) for s in stats]
+    logs = [math.log(largest / smallest) for largest, smallest in pairs if smallest > 0]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
 @torch.no_grad()
@@ -273,8 +315,8 @@ def _restore(
         optimizer.load_state_dict(document)
 
 
-def _check_config(config: TrainConfig, saved: dict[str, Any], folder: Path) -> None:
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+def _check_config(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+    ours = json.loads(json.dumps(config))
     differing = [key for key in ours if ours[key] != saved.get(key)]
     if differing:
         pairs = ", ".join(f"{key} {saved.get(key)} (now {ours[key]})" for key in differing)
