@@ -1,6 +1,2 @@
-"""FILL: the paper's idea in a paragraph, and what this package gives."""
-
-from isotone.lighthgnn.method import method
-
+"""LightHGNN."""
 __version__ = "0.1.0"
-__all__ = ["method"]
