@@ -212,7 +212,8 @@ def _flat_row(size: str, where: str) -> Ratio:
         for edges in (vertices // 4, 2 * vertices)
     ]
     few, many = (
-        (lambda c=contest: c.student(c.X[:32])) for contest in students  # type: ignore[misc]
+        (lambda c=contest: c.student(c.X[:32]))
+        for contest in students  # type: ignore[misc]
     )
     timing = compare(many, few, rounds=max(ROUNDS[size], 12), device=where)
     seconds = timing.ours_seconds
@@ -247,7 +248,9 @@ def _latency_plot(sweep: list[dict[str, Any]]) -> Any:
 
 
 def _batch_plot(times: list[dict[str, Any]]) -> Any:
-    drawing, axes = figure("Speed-up over the number of vertices asked for", "vertices asked for", "teacher's time over student's")
+    drawing, axes = figure(
+        "Speed-up over the number of vertices asked for", "vertices asked for", "teacher's time over student's"
+    )
     axes.plot([t["batch"] for t in times], [t["ratio"] for t in times], marker="o")
     axes.axhline(1, color="#555555", linewidth=1)
     axes.set_xscale("log")

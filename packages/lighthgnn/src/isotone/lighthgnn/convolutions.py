@@ -145,7 +145,7 @@ class UniGATConv(Convolution):
         scores = by_edge + _head_scores(structure.targets(X), self.atten_dst)[rows]
         return _attend(scores, Y, paths, rows, self)
 
-    def forward(self, X: Features, structure: Structure) -> Float[Tensor, "T out"]:
+    def forward(self, X: Features, structure: Any) -> Float[Tensor, "T out"]:
         hidden = self.propagate(self.theta(X), structure)
         if self.last:
             return hidden

@@ -105,8 +105,10 @@ def load_dataset(path: str | os.PathLike[str], normalize: bool = False) -> Datas
         raise InputError(f"expected an npz of arrays at {os.fspath(path)!r}: {error}") from None
     source = data.provenance(path.name, content)
     try:
-        made = _from_planetoid(path.stem, arrays, source) if "allx_data" in arrays else _from_npz(
-            path.stem, arrays, source
+        made = (
+            _from_planetoid(path.stem, arrays, source)
+            if "allx_data" in arrays
+            else _from_npz(path.stem, arrays, source)
         )
     except KeyError as error:
         raise InputError(f"expected the array {error} in {os.fspath(path)!r}, found none") from None

@@ -223,9 +223,7 @@ class _Objective:
         return loss
 
 
-def _with_members(
-    batch: Tensor, edges: Tensor, hypergraph: Hypergraph
-) -> tuple[Tensor, tuple[SparseMatrix, Tensor]]:
+def _with_members(batch: Tensor, edges: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, tuple[SparseMatrix, Tensor]]:
     """The batch, then the members of `edges` that are not in it; and the incidence of `edges` in that numbering."""
     positions, indptr = row_positions(hypergraph.into_edges.indptr, edges)
     members = hypergraph.into_edges.indices[positions]

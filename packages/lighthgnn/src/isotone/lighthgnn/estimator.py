@@ -207,7 +207,9 @@ def _encode(y: Any, num_vertices: int, train_idx: Any, val_idx: Any) -> tuple[np
         known &= seen
     if not known.any():
         raise InputError("expected at least one labelled row, got none")
-    classes, numbers = np.unique(labels[known].astype(str) if labels.dtype == object else labels[known], return_inverse=True)
+    classes, numbers = np.unique(
+        labels[known].astype(str) if labels.dtype == object else labels[known], return_inverse=True
+    )
     if len(classes) < 2:
         raise InputError(f"expected at least 2 classes among the labelled rows, got {len(classes)}")
     encoded = np.full(num_vertices, -1, np.int64)

@@ -105,18 +105,13 @@ class _Task:
 
 def _task(data: Dataset, split: Split, recipe: Recipe, seed: int) -> _Task:
     device = data.y.device
-    parts = (local_ids(split, split.train).to(device), local_ids(split, split.val).to(device))
     hypergraph = observed_hypergraph(data.hypergraph, split)
-    if len(split.test_ind) == 0 and bool((data.y >= 0).all()):
-        return _Task(data.X, data.y, split.train.to(device), split.val.to(device), hypergraph, data.num_classes, recipe, seed)  # fmt: skip
-    if len(split.test_ind) == 0:
-        # vertices without a label are observed all the same
-        parts = (split.train.to(device), split.val.to(device))
-        return _Task(data.X, data.y, *parts, hypergraph, data.num_classes, recipe, seed)
-    observed = split.observed.to(device)
-    return _Task(
-        take_rows(data.X, observed), data.y[observed], *parts, hypergraph, data.num_classes, recipe, seed
-    )  # fmt: skip
+    X, y, train, val = data.X, data.y, split.train, split.val
+    if len(split.test_ind):
+        observed = split.observed.to(device)
+        X, y = take_rows(data.X, observed), data.y[observed]
+        train, val = local_ids(split, train), local_ids(split, val)
+    return _Task(X, y, train.to(device), val.to(device), hypergraph, data.num_classes, recipe, seed)
 
 
 def _percent(predictions: Any, y: Tensor, vertices: Tensor) -> float:

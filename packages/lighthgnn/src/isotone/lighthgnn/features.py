@@ -67,9 +67,7 @@ def to_numpy(X: Features) -> Any:
     return X.to_scipy() if isinstance(X, SparseMatrix) else X.cpu().numpy()
 
 
-def perturb(
-    X: Features, noise: str, level: float, generator: torch.Generator | None = None
-) -> Features:
+def perturb(X: Features, noise: str, level: float, generator: torch.Generator | None = None) -> Features:
     """Features under noise (section 2.5, step 2), g ~ N(0, 1) for each element.
 
     "multiplicative": X (1 + level g), which leaves the zeros of sparse features zero. "additive": X + level g,

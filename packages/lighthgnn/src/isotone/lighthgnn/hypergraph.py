@@ -186,9 +186,7 @@ class Hypergraph(Structure):
             return self
         old = self.into_edges
         ends = old.indptr[-1] + torch.arange(1, len(lonely) + 1, device=self.device)
-        by_edge = SparseMatrix(
-            torch.cat((old.indptr, ends)), torch.cat((old.indices, lonely)), None, self.num_vertices
-        )
+        by_edge = SparseMatrix(torch.cat((old.indptr, ends)), torch.cat((old.indices, lonely)), None, self.num_vertices)
         weight = self._edge_weight
         if weight is not None:
             weight = torch.cat((weight, torch.ones(len(lonely), device=self.device)))
@@ -310,7 +308,9 @@ def _weights(given: Any, num_edges: int) -> np.ndarray | None:
 
 def _sorted_sets(num_vertices: int, indptr: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vertices of each hyperedge ascending, each once."""
-    matrix = scipy.sparse.csr_matrix((np.ones(len(vertices), np.int8), vertices, indptr), (len(indptr) - 1, num_vertices))
+    matrix = scipy.sparse.csr_matrix(
+        (np.ones(len(vertices), np.int8), vertices, indptr), (len(indptr) - 1, num_vertices)
+    )
     # scipy keeps indices at 32 bits where they fit, and flattening is never needed
     if not matrix.has_sorted_indices:
         matrix.sort_indices()

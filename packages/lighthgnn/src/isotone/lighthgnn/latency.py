@@ -54,7 +54,9 @@ def make_contest(config: SyntheticConfig, device: str = "cpu", teacher: str = "h
     return Contest(made.X.to(device), hypergraph, model, CompiledStudent(student), Incidences.of(made.hypergraph))
 
 
-def answer_times(contest: Contest, batch: int, *, rounds: int = 12, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+def answer_times(
+    contest: Contest, batch: int, *, rounds: int = 12, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
     """Median seconds for `batch` unseen vertices: student, whole pass, closure (None where it is all vertices).
 
     Each call asks for other vertices, so that no cache of a former answer helps.

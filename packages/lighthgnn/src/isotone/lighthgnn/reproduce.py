@@ -75,7 +75,9 @@ GAINS = {
     ("coauthorship-cora", "LightHGNN+"): _gain(
         "cora-gain-plus", "Co-authorship Cora: LightHGNN+ above the fair MLP", 8.0, 16.3
     ),
-    ("synthetic", "LightHGNN+"): _gain("synthetic-gain-plus", "Synthetic, a = 0.35: LightHGNN+ above the fair MLP", 8.0),
+    ("synthetic", "LightHGNN+"): _gain(
+        "synthetic-gain-plus", "Synthetic, a = 0.35: LightHGNN+ above the fair MLP", 8.0
+    ),
     ("synthetic", "LightHGNN"): _gain("synthetic-gain", "Synthetic, a = 0.35: LightHGNN above the fair MLP", 8.0),
     ("cocitation-cora", "LightHGNN+"): _gain(
         "cocitation-gain-plus", "Co-citation Cora (47 % isolated): LightHGNN+ above the fair MLP", 0.0
@@ -321,17 +323,23 @@ def plots(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
 
 
 def _bars(title: str, columns: dict[str, list[float]]) -> Any:
-    drawing, axes = figure(title, "per cent (mean and standard deviation over seeds)", "", size=(7.5, 0.8 + 0.34 * len(columns)))
+    drawing, axes = figure(
+        title, "per cent (mean and standard deviation over seeds)", "", size=(7.5, 0.8 + 0.34 * len(columns))
+    )
     names = list(columns)[::-1]
     means = [statistics.mean(columns[name]) for name in names]
     spreads = [statistics.stdev(columns[name]) if len(columns[name]) > 1 else 0.0 for name in names]
-    colours = ["#0072B2" if "Light" in name else "#D55E00" if name.startswith("teacher") else "#999999" for name in names]
+    colours = [
+        "#0072B2" if "Light" in name else "#D55E00" if name.startswith("teacher") else "#999999" for name in names
+    ]
     axes.barh(names, means, xerr=spreads, color=colours, error_kw={"ecolor": "#333333", "capsize": 2})
     low = min(m - s for m, s in zip(means, spreads, strict=True))
     high = max(m + s for m, s in zip(means, spreads, strict=True))
     axes.set_xlim(max(0.0, low - 0.25 * (high - low) - 2), high + 0.3 * (high - low) + 2)
     for row, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
-        axes.annotate(f"{mean:.1f}", (mean + spread, row), xytext=(4, 0), textcoords="offset points", va="center", size=9)
+        axes.annotate(
+            f"{mean:.1f}", (mean + spread, row), xytext=(4, 0), textcoords="offset points", va="center", size=9
+        )
     axes.grid(False, axis="y")
     return drawing
 

@@ -138,7 +138,9 @@ class UniGAT(Teacher):
     ) -> None:
         nn.Module.__init__(self)
         if layers < 2 or hidden % heads:
-            raise InputError(f"expected hidden divisible by heads and 2 layers or more, got {hidden}, {heads}, {layers}")
+            raise InputError(
+                f"expected hidden divisible by heads and 2 layers or more, got {hidden}, {heads}, {layers}"
+            )
         options = {"dropout": dropout, "batch_norm": batch_norm}
         widths = [in_channels, *[hidden] * (layers - 1)]
         attention = [self.convolution(width, hidden // heads, heads=heads, **options) for width in widths[:-1]]
