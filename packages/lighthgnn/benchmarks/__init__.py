@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone lighthgnn bench` runs. FILL"""
+"""Side by side with the peers: all of it is in `isotone lighthgnn bench`."""

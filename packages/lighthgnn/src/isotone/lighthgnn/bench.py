@@ -15,11 +15,15 @@ import numpy as np
 import torch
 
 from isotone.lighthgnn import latency
+from isotone.lighthgnn.distill import train_teacher
 from isotone.lighthgnn.features import as_features
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.settings import transductive_split
 from isotone.lighthgnn.sparse import SparseLinear, SparseMatrix
+from isotone.lighthgnn.stacked import train_teachers_together
 from isotone.lighthgnn.synthetic import SyntheticConfig, make_synthetic
 from isotone.lighthgnn.teachers import HGNN, HGNNP
+from isotone.lighthgnn.training import TrainConfig
 from isotone.shared import device
 from isotone.shared.bench import compare
 from isotone.shared.claims import Ratio, Report, figure
@@ -53,6 +57,7 @@ def bench(run: Run, size: str = "full") -> Report:
         for name, config in SIZES[size].items():
             rows += teacher_rows(name, config, where, ROUNDS[size])
         rows.append(sparse_row(size, where))
+        rows.append(stacked_row(size, where))
         student, times, sweep = student_rows(size, where)
         rows += student
     return Report(
@@ -164,6 +169,30 @@ def sparse_row(size: str, where: str) -> Ratio:
         *("CSR features", lambda: step(sparse), "dense features", lambda: step(dense), torch.__version__, 8.0),
         *(where, ROUNDS[size]),
     )
+
+
+def stacked_row(size: str, where: str) -> Ratio:
+    """Eight seeds of HGNN trained as one job against one after another, five epochs each."""
+    seeds, epochs = 8, 5
+    config = SyntheticConfig() if size == "full" else SyntheticConfig(num_vertices=300, num_edges=150)
+    made = make_synthetic(config, 0)
+    X, hypergraph, y = made.X.to(where), made.hypergraph.to(where), made.y.to(where)
+    splits = [transductive_split(made.y, 10, 20, seed) for seed in range(seeds)]
+    train, val = (torch.stack([getattr(split, part) for split in splits]).to(where) for part in ("train", "val"))
+    settings = TrainConfig(epochs=epochs)
+
+    def fresh() -> list[HGNN]:
+        return [HGNN(config.dim, 32, config.num_classes).to(where) for _ in range(seeds)]
+
+    def together() -> Any:
+        return train_teachers_together(fresh(), X, hypergraph, y, train, val, settings)
+
+    def apart() -> Any:
+        for number, teacher in enumerate(fresh()):
+            train_teacher(teacher, X, hypergraph, y, train[number], val[number], settings)
+
+    work = f"{seeds} seeds of HGNN, {epochs} epochs, {len(y):,} vertices, nnz(H) {hypergraph.nnz:,}"
+    return _row("stacked-seeds", work, "as one job", together, "one by one", apart, torch.__version__, None, where, 6)
 
 
 # --- the student beside its teacher ---------------------------------------------------------------------

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isotone.lighthgnn.distill import accuracy
 from isotone.lighthgnn.hypergraph import Hypergraph

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import numpy as np
 import torch
 import typer
 
@@ -16,6 +18,7 @@ from isotone.lighthgnn import jobs
 from isotone.lighthgnn import reproduce as reproduction
 from isotone.lighthgnn.distill import DistillConfig, train_teacher
 from isotone.lighthgnn.distill import distill as run_distill
+from isotone.lighthgnn.features import take_rows
 from isotone.lighthgnn.reliability import reliable_hyperedge_scores
 from isotone.lighthgnn.settings import production_split, transductive_split
 from isotone.lighthgnn.student import LightMLP
@@ -144,8 +147,6 @@ def distill(
             on_epoch=lambda epoch, accuracy: bar.advance(1, accuracy=round(accuracy, 3)),
         )  # fmt: skip
     if calibrate:
-        from isotone.lighthgnn.features import take_rows
-
         student.calibrate(take_rows(X, parts[1]), seen.y.to(where)[parts[1]])
     path = exports.save_student(student, run.out)
     jobs.save_split(split, run.out, **facts)
@@ -171,8 +172,6 @@ def _distillation(
 
 def _run_data(data: str, source: Path) -> tuple[Any, Any, dict[str, Any]]:
     """The data of a run, features normalised and synthetic ones seeded as they were when it was trained."""
-    import json
-
     facts: dict[str, Any] = {}
     if (source / "run.json").is_file():
         try:
@@ -185,8 +184,6 @@ def _run_data(data: str, source: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _save_reliability(rho: torch.Tensor, out: Path) -> None:
-    import numpy as np
-
     out.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, rho.cpu().numpy(), allow_pickle=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def load_dataset(path: str | os.PathLike[str], normalize: bool = False) -> Datas
         raise InputError(f"{os.fspath(path)!r}: {error}") from None
     if not normalize:
         return made
-    return Dataset(made.name, l1_normalize(made.X), made.y, made.hypergraph, made.graph, made.source)
+    return dataclasses.replace(made, X=l1_normalize(made.X))
 
 
 def known_dataset(name: str) -> Dataset | None:

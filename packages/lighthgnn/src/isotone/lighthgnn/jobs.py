@@ -18,8 +18,8 @@ from torch import Tensor
 
 from isotone.lighthgnn import readers
 from isotone.lighthgnn.dataset import KNOWN, Dataset, digits_knn, known_dataset, load_dataset, make_dataset
-from isotone.lighthgnn.features import Features, as_features, blend_noise
-from isotone.lighthgnn.settings import Split, observed_hypergraph
+from isotone.lighthgnn.features import Features, as_features, blend_noise, l1_normalize, take_rows
+from isotone.lighthgnn.settings import Split, local_ids, observed_hypergraph
 from isotone.lighthgnn.synthetic import make_synthetic
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
@@ -84,9 +84,6 @@ class Observed:
 
 def observe(data: Dataset, split: Split, on_graph: bool = False) -> Observed:
     """The observed part of a data set; a graph teacher on a graph data set gets the graph itself."""
-    from isotone.lighthgnn.features import take_rows
-    from isotone.lighthgnn.settings import local_ids
-
     hypergraph = observed_hypergraph(data.hypergraph, split)
     graph = data.graph if on_graph and len(split.test_ind) == 0 else None
     if len(split.test_ind) == 0:
@@ -151,7 +148,7 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
     except ValueError as error:
         raise InputError(f"expected a whole number a line in {str(labels)!r}: {error}") from None
     made = make_dataset(source.stem, X, y, hypergraph)
-    return readers._normalized(made) if normalize else made
+    return dataclasses.replace(made, X=l1_normalize(made.X)) if normalize else made
 
 
 def scores(predictions: Tensor, y: Tensor, split: Split) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from isotone.lighthgnn.dataset import Dataset, from_graph, make_dataset, planetoid
+from isotone.lighthgnn.features import l1_normalize
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.old_pickles import read_pickle
 from isotone.shared import data
@@ -132,9 +134,7 @@ def read_planetoid(prefix: str | os.PathLike[str], normalize: bool = False) -> D
 
 
 def _normalized(made: Dataset) -> Dataset:
-    from isotone.lighthgnn.features import l1_normalize
-
-    return Dataset(made.name, l1_normalize(made.X), made.y, made.hypergraph, made.graph, made.source)
+    return dataclasses.replace(made, X=l1_normalize(made.X))
 
 
 def _provenance(name: str, folder: Path) -> dict[str, str]:

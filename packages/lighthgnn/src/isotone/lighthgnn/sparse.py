@@ -107,9 +107,7 @@ class SparseMatrix:
         """The product with a dense (K x c) matrix: 2 Z c FLOP, Z c gathered numbers."""
         if dense.ndim != 2 or dense.shape[0] != self.shape[1]:
             raise ValueError(f"expected {self.shape[1]} rows to multiply with, got {tuple(dense.shape)}")
-        if dense.requires_grad and torch.is_grad_enabled():
-            return _MatMul.apply(self, dense)
-        return _bag(self, dense)
+        return _MatMul.apply(self, dense)
 
 
 def _bag(matrix: SparseMatrix, dense: Tensor) -> Tensor:
@@ -124,14 +122,26 @@ def _bag(matrix: SparseMatrix, dense: Tensor) -> Tensor:
 
 
 class _MatMul(torch.autograd.Function):
+    """The product with a gradient, and with a batch of dense matrices under `torch.func.vmap`."""
+
     @staticmethod
-    def forward(ctx: Any, matrix: SparseMatrix, dense: Tensor) -> Tensor:
-        ctx.matrix = matrix
+    def forward(matrix: SparseMatrix, dense: Tensor) -> Tensor:
         return _bag(matrix, dense)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[SparseMatrix, Tensor], output: Tensor) -> None:
+        ctx.matrix = inputs[0]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.matrix.T @ grad.contiguous()
+        return None, _MatMul.apply(ctx.matrix.T, grad.contiguous())
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[None, int | None], matrix: SparseMatrix, dense: Tensor) -> tuple[Tensor, int]:
+        # S matrices side by side are one product with S c columns
+        stacked = dense.movedim(in_dims[1] or 0, 1)
+        product = _MatMul.apply(matrix, stacked.flatten(1))
+        return product.unflatten(1, stacked.shape[1:]), 1
 
 
 def _transposed(matrix: SparseMatrix) -> SparseMatrix:

@@ -16,7 +16,7 @@ from isotone.shared.errors import InputError
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """`signal` is a, the distance of class centres; `p_in` the chance that a member is drawn from the hyperedge's class.
+    """`signal` is a, the distance of class centres; `p_in` the chance that a member is of the hyperedge's class.
 
     A share `noise` of the hyperedges draws its members from all vertices alike (p_in = 1 / C).
     """
