@@ -45,6 +45,7 @@ EDGES = [[0, 1, 2], [2, 3], [4, 5, 0, 3], [1, 5], [6]]
 MADE = make_synthetic(num_vertices=240, num_edges=120, dim=12, num_classes=3, signal=0.6, seed=1)
 SPLIT = transductive_split(MADE.y, 10, 20, 0)
 QUICK = TrainConfig(epochs=12)
+LONGER = TrainConfig(epochs=40)
 
 
 def probabilities(rows, classes=4, seed=0):
@@ -273,10 +274,10 @@ def _student(**options):
         return LightMLP(12, 16, 3, **options)
 
 
-def _teacher():
+def _teacher(config=QUICK):
     with seeded(0):
         teacher = make_teacher("hgnn", 12, 3, hidden=8)
-    history = train_teacher(teacher, MADE.X, MADE.hypergraph, MADE.y, SPLIT.train, SPLIT.val, QUICK)
+    history = train_teacher(teacher, MADE.X, MADE.hypergraph, MADE.y, SPLIT.train, SPLIT.val, config)
     return teacher, history
 
 
@@ -304,7 +305,7 @@ def test_lambda_one_is_the_plain_mlp_whatever_the_teacher():
 
 
 def test_distillation_learns_and_reruns_to_the_bit():
-    teacher, history = _teacher()
+    teacher, history = _teacher(LONGER)
     assert history.best_accuracy == max(history.accuracies)
     assert history.best_epoch == history.accuracies.index(history.best_accuracy), "the first of equals"
     soft = predict_proba(teacher, MADE.X, MADE.hypergraph)
@@ -313,11 +314,11 @@ def test_distillation_learns_and_reruns_to_the_bit():
     state = torch.get_rng_state()
     students = {}
     for name, config in {
-        "plus": DistillConfig(train=QUICK),
-        "light": DistillConfig(plus=False, train=QUICK),
-        "official": DistillConfig(kd_loss="official", lam=0.3, train=QUICK),
-        "batches": DistillConfig(batch_size=64, lam=0.3, train=QUICK),
-        "softmax": DistillConfig(target="softmax", tau=0.5, sampling="uniform", train=QUICK),
+        "plus": DistillConfig(train=LONGER),
+        "light": DistillConfig(plus=False, train=LONGER),
+        "official": DistillConfig(kd_loss="official", lam=0.3, train=LONGER),
+        "batches": DistillConfig(batch_size=64, lam=0.3, train=LONGER),
+        "softmax": DistillConfig(target="softmax", tau=0.5, sampling="uniform", train=LONGER),
     }.items():
         students[name], done = _distill(config, **given)
         again, _ = _distill(config, **given)

@@ -131,7 +131,8 @@ def _pyg_row(
     ours = HGNNP(X.shape[1], 32, 5).eval().to(where)
     convs = [pyg.HypergraphConv(X.shape[1], 32, bias=False), pyg.HypergraphConv(32, 5, bias=False)]
     with torch.no_grad():
-        for conv, layer in zip(convs, ours.layers, strict=True):
+        layers: list[Any] = list(ours.layers)
+        for conv, layer in zip(convs, layers, strict=True):
             layer.theta.bias.zero_()  # torch-geometric adds its bias after the smoothing
             conv.to(where).lin.weight.copy_(layer.theta.weight)
     index, number = hypergraph.hyperedge_index, hypergraph.num_edges

@@ -55,7 +55,8 @@ class Incidences:
         into, out = hypergraph.into_edges, hypergraph.out_of_edges
         arrays = (into.indptr, into.indices, out.indptr, out.indices, hypergraph.vertex_degree)
         weight = hypergraph._edge_weight
-        return cls(*(array.cpu().numpy() for array in arrays), None if weight is None else weight.cpu().numpy())
+        parts: list[Any] = [array.cpu().numpy() for array in arrays]
+        return Incidences(*parts, None if weight is None else weight.cpu().numpy())
 
     @property
     def num_vertices(self) -> int:

@@ -96,7 +96,7 @@ def distill(
     val: Int[Tensor, " b"],
     config: DistillConfig | None = None,
     *,
-    teacher: Float[Tensor, "N C"] | None = None,
+    teacher: Float[Tensor, "rows C"] | None = None,
     hypergraph: Hypergraph | None = None,
     rho: Float[Tensor, " E"] | None = None,
     folder: Path | None = None,

@@ -163,7 +163,7 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
             if not 0 < self.val_share < 1:
                 raise InputError(f"expected val_share between 0 and 1, got {self.val_share}")
             source = np.random.default_rng(self.seed)
-            held = []
+            held: list[Any] = []
             for label in np.unique(y[train]):
                 members = source.permutation(train[y[train] == label])
                 held.append(members[: max(1, round(self.val_share * len(members)))] if len(members) > 1 else [])

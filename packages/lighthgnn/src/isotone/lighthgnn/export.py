@@ -56,24 +56,31 @@ class _Probabilities(nn.Module):
     def __init__(self, student: LightMLP) -> None:
         super().__init__()
         folded = student.fold_batchnorm().cpu()
-        self.maps = nn.ModuleList(nn.Linear(m.in_features, m.out_features) for m in [*folded.linears, folded.out])
-        for ours, theirs in zip(self.maps, [*folded.linears, folded.out], strict=True):
-            ours.load_state_dict(theirs.state_dict())
+        sources: list[Any] = [*folded.linears, folded.out]
+        linears = [nn.Linear(source.in_features, source.out_features) for source in sources]
+        for linear, source in zip(linears, sources, strict=True):
+            linear.load_state_dict(source.state_dict())
         with torch.no_grad():
-            self.maps[-1].weight /= folded.temperature  # type: ignore[operator]
-            self.maps[-1].bias /= folded.temperature  # type: ignore[operator]
+            linears[-1].weight /= folded.temperature
+            linears[-1].bias /= folded.temperature
+        self.hidden, self.out = nn.ModuleList(linears[:-1]), linears[-1]
+
+    @property
+    def maps(self) -> list[Any]:
+        """The linear maps, first to last."""
+        return [*self.hidden, self.out]
 
     def forward(self, X: Float[Tensor, "B d"]) -> Float[Tensor, "B C"]:
-        for linear in self.maps[:-1]:
+        for linear in self.hidden:
             X = linear(X).relu()
-        return self.maps[-1](X).softmax(1)
+        return self.out(X).softmax(1)
 
 
 def export_torch(student: LightMLP, path: str | os.PathLike[str]) -> Path:
     """Write a .pt2 program of `torch.export`, any batch size; load with `torch.export.load(path).module()`."""
     path = Path(path)
     module = _Probabilities(student).eval()
-    example = (torch.zeros(2, student.config["in_channels"]),)
+    example = (torch.zeros(2, int(student.config["in_channels"])),)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(module, example, dynamic_shapes={"X": {0: batch}})
     torch.export.save(program, path)
@@ -113,7 +120,7 @@ def export_onnx(student: LightMLP, path: str | os.PathLike[str], int8: bool = Fa
             output = f"active{number}"
         current = output
     nodes.append(helper.make_node("Softmax", [current], ["probabilities"], axis=1))
-    sizes = student.config["in_channels"], student.config["num_classes"]
+    sizes = int(student.config["in_channels"]), int(student.config["num_classes"])
     graph = helper.make_graph(
         nodes,
         "lighthgnn",

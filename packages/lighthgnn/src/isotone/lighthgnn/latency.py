@@ -75,7 +75,7 @@ def answer_times(
         turn["closure"] += 1
         return contest.closure(asked[turn["closure"] % len(asked)])
 
-    options = {"rounds": rounds, "warmup": 2, "device": device}
+    options: dict[str, Any] = {"rounds": rounds, "warmup": 2, "device": device}
     times: dict[str, Any] = {"batch": batch, "student": measure(ask_student, **options)[0]}
     times["whole"] = measure(contest.whole_pass, **options)[0]
     on_cpu = contest.X.device.type == "cpu"

@@ -217,7 +217,7 @@ def reproduce(scale: str, run: Run, recipe: Recipe | None = None) -> Report:
                 result = log.arm(f"{kind}-{name}-{seed}", lambda f=function, s=seed: f(s))  # type: ignore[misc]
                 results.setdefault(kind, {}).setdefault(name, []).append(result)
                 bar.advance(1)
-        speed = log.arm("speed", lambda: _speed(setting, where))
+        speed = log.arm("speed", lambda: _speed(setting, where))["times"]
         bar.advance(1)
         cora = next((made for made in sets if made.name == "coauthorship-cora"), None)
         timed = cora and log.arm("fit", lambda: experiments.fit_seconds(cora, setting.recipe))
@@ -269,10 +269,10 @@ def _jobs(setting: Scale, sets: list[Dataset], where: str) -> list[tuple[str, st
     return jobs
 
 
-def _speed(setting: Scale, where: str) -> list[dict[str, Any]]:
+def _speed(setting: Scale, where: str) -> dict[str, Any]:
     contest = latency.make_contest(setting.speed, where)
     sizes = [min(batch, setting.speed.num_vertices) for batch in setting.batches]
-    return [latency.answer_times(contest, batch, device=where) for batch in sizes]
+    return {"times": [latency.answer_times(contest, batch, device=where) for batch in sizes]}
 
 
 def measure(

@@ -28,7 +28,7 @@ def train_teachers_together(
     structure: Any,
     y: Int[Tensor, " N"],
     train: Int[Tensor, "S a"],
-    val: Int[Tensor, "S b"],
+    val: Int[Tensor, "S_val b"],
     config: TrainConfig | None = None,
 ) -> Float[Tensor, " S"]:
     """Train S teachers of one kind in place, each on its own rows of `train`, and return their best accuracies.
@@ -44,7 +44,7 @@ def train_teachers_together(
         raise InputError("expected teachers without batch norm to train together")
     base = teachers[0]
     stacked, buffers = stack_module_state(list(teachers))
-    weights = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in stacked.items()}
+    weights: dict[str, Tensor] = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in stacked.items()}
     optimizer = torch.optim.Adam(weights.values(), config.lr, weight_decay=config.weight_decay)
     best = {name: tensor.detach().clone() for name, tensor in weights.items()}
     best_accuracy = torch.full((len(teachers),), -1.0, device=y.device)

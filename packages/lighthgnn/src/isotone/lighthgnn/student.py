@@ -56,8 +56,8 @@ class LightMLP(nn.Module):
         self.out = SparseLinear(widths[-1], num_classes)
         self.register_buffer("temperature", torch.ones(()))
 
-    def embed(self, X: Features) -> Float[Tensor, "B hidden"]:
-        """The last hidden layer."""
+    def embed(self, X: Features) -> Features:
+        """The last hidden layer (B x hidden), the features themselves where there is none."""
         if X.shape[1] != self.config["in_channels"]:
             raise InputError(f"expected {self.config['in_channels']} features, the student's own, got {X.shape[1]}")
         hidden: Any = X
