@@ -142,10 +142,11 @@ def _pyg_row(
 
     with torch.inference_mode():
         _check(ours(X, hypergraph), their_pass(), "torch-geometric's HypergraphConv")
+        version = metadata.version("torch-geometric")
+        work = f"HGNN+ forward, {name}, {sizes}"
+        peer = "torch-geometric HypergraphConv"
         return _row(
-            *(f"pyg-{name}", f"HGNN+ forward, {name}, {sizes}", "HGNN+", lambda: ours(X, hypergraph)),
-            *("torch-geometric HypergraphConv", their_pass, metadata.version("torch-geometric")),
-            *(1.0, where, rounds),
+            f"pyg-{name}", work, "HGNN+", lambda: ours(X, hypergraph), peer, their_pass, version, 1.0, where, rounds
         )
 
 
@@ -165,10 +166,10 @@ def sparse_row(size: str, where: str) -> Ratio:
         layer(X).sum().backward()
         return layer.weight.grad
 
+    work = f"first layer to 128, forward and backward, {rows:,} x {words:,}, 1.3 % dense"
+    ours, peer, version = lambda: step(sparse), lambda: step(dense), torch.__version__
     return _row(
-        *("sparse-first-layer", f"first layer to 128, forward and backward, {rows:,} x {words:,}, 1.3 % dense"),
-        *("CSR features", lambda: step(sparse), "dense features", lambda: step(dense), torch.__version__, 8.0),
-        *(where, ROUNDS[size]),
+        "sparse-first-layer", work, "CSR features", ours, "dense features", peer, version, 8.0, where, ROUNDS[size]
     )
 
 

@@ -371,7 +371,7 @@ def _bars(title: str, columns: dict[str, list[float]]) -> Any:
     drawing, axes = figure(
         title, "per cent (mean and standard deviation over seeds)", "", size=(7.5, 0.8 + 0.34 * len(columns))
     )
-    names = list(columns)[::-1]
+    names = sorted(columns, key=lambda name: ("Light" in name, name.startswith("teacher"), name))
     means = [statistics.mean(columns[name]) for name in names]
     spreads = [statistics.stdev(columns[name]) if len(columns[name]) > 1 else 0.0 for name in names]
     colours = [
