@@ -70,7 +70,7 @@ def test_other_teachers(teacher, tmp_path):
 def test_a_killed_training_resumes(tmp_path):
     files(tmp_path)
     command = [sys.executable, "-m", "isotone.lighthgnn", "train", "--data", "data.npz", *SMALL[:4], "--quiet"]
-    command += ["--epochs", "400", "--checkpoint-every", "20"]
+    command += ["--epochs", "200", "--checkpoint-every", "10"]
 
     def ready():
         return any((tmp_path / "killed" / "checkpoints-teacher").glob("step-*"))
@@ -86,7 +86,7 @@ def test_a_killed_training_resumes(tmp_path):
 def test_every_scale_is_one_path(tmp_path, monkeypatch):
     """The gpu scale's code at a tiny size: arms, claims, plots; finished arms are not run again."""
     tiny = reproduce.SCALES["gpu"]
-    recipe = dataclasses.replace(tiny.recipe, epochs=6, num_train=5, num_val=10, student_hidden=16)
+    recipe = dataclasses.replace(tiny.recipe, epochs=6, num_train=5, num_val=10, student_hidden=16, many_samples=2)
     small = SyntheticConfig(num_vertices=200, num_edges=100, dim=8)
     setting = dataclasses.replace(
         tiny,
@@ -95,7 +95,7 @@ def test_every_scale_is_one_path(tmp_path, monkeypatch):
         speed=small,
         real=False,
         digits=False,
-        signals=(0.35, 0.8),
+        signals=(0.8,),
         batches=(1, 32),
     )
     monkeypatch.setitem(reproduce.SCALES, "gpu", setting)
@@ -114,7 +114,14 @@ def test_every_scale_is_one_path(tmp_path, monkeypatch):
 def test_bench_on_tiny_sizes(tmp_path):
     report = bench.bench(Run(tmp_path, device="cpu", quiet=True), "tiny")
     rows = {row.id: row for row in report.ratios}
-    assert {"student-1", "student-32", "flat-in-hyperedges", "sparse-first-layer"} <= set(rows)
+    assert {
+        "student-1",
+        "student-32",
+        "student-1-whole",
+        "student-1-p99",
+        "flat-in-hyperedges",
+        "sparse-first-layer",
+    } <= set(rows)
     assert {"dhg-cold-hyperedges-of-30", "pyg-hyperedges-of-30"} <= set(rows)
     assert all(row.ratio > 0 for row in report.ratios) and rows["student-1"].ratio > 1
     report.save(tmp_path)

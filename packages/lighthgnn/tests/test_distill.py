@@ -125,7 +125,7 @@ def test_noise():
     assert torch.equal(perturb(X, "multiplicative", 0.0), X)
     assert torch.equal(blend_noise(X, 0.0), X) and not torch.equal(blend_noise(X, 0.5), X)
     for call in (lambda: perturb(X, "none", 1.0), lambda: perturb(X, "additive", -1.0), lambda: blend_noise(X, 2.0)):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(InputError, match="expected"):
             call()
 
 
@@ -217,6 +217,17 @@ def test_no_hyperedge_drawn_is_zero(kind):
     hg, logits = Hypergraph(7, EDGES), torch.randn(7, 4, requires_grad=True)
     loss = HighOrderConstraint(kind=kind)(logits, hg.v2e(probabilities(7)), hg, torch.zeros(5, dtype=torch.bool))
     assert loss.item() == 0 and torch.autograd.grad(loss, logits)[0].abs().max() == 0
+
+
+def test_half_precision_logits_give_the_losses_of_full_precision():
+    hg, teacher = Hypergraph(7, EDGES), probabilities(7)
+    logits = (8 * torch.randn(7, 4, generator=torch.Generator().manual_seed(2))).bfloat16()
+    drawn = torch.ones(5, dtype=torch.bool)
+    for given in (logits, logits.float()):
+        losses = kd_loss(given, teacher), HighOrderConstraint()(given, hg.v2e(teacher), hg, drawn)
+        assert all(loss.dtype == torch.float32 for loss in losses)
+        torch.testing.assert_close(losses[0], kd_loss(logits.float(), teacher))
+        torch.testing.assert_close(losses[1], HighOrderConstraint()(logits.float(), hg.v2e(teacher), hg, drawn))
 
 
 def test_a_student_that_is_certain_and_wrong_gives_finite_losses():
@@ -326,9 +337,12 @@ def test_distillation_learns_and_reruns_to_the_bit():
         agreement = (students[name].predict(MADE.X)[SPLIT.test] == soft.argmax(1)[SPLIT.test]).float().mean()
         assert agreement > 0.6, name
     assert torch.equal(state, torch.get_rng_state()), "the caller's generator is not touched"
-    before = students["plus"].predict_proba(MADE.X)
-    MADE.hypergraph.into_edges.indices.mul_(1)  # nothing of the hypergraph is in the student
-    assert torch.equal(copy.deepcopy(students["plus"]).predict_proba(MADE.X), before)
+    private = Hypergraph(240, MADE.hypergraph.edges())
+    kept, _ = _distill(DistillConfig(train=QUICK), teacher=soft, hypergraph=private, rho=rho)
+    before = kept.predict_proba(MADE.X)
+    private.into_edges.indices.zero_()  # nothing of the hypergraph is in the student
+    private.out_of_edges.indices.zero_()
+    assert torch.equal(copy.deepcopy(kept).predict_proba(MADE.X), before)
     deep = LightMLP(12, 16, 3, layers=4)
     distill(deep, MADE.X, MADE.y, SPLIT.train, SPLIT.val, DistillConfig(train=QUICK), **given)
 
@@ -346,6 +360,13 @@ def test_sparse_and_dense_features_train_alike():
     sums = l1_normalize(as_features(X)).to_dense().sum(1)
     torch.testing.assert_close(sums, torch.ones(240))
     torch.testing.assert_close(l1_normalize(X), l1_normalize(as_features(X)).to_dense())
+
+
+def test_the_best_state_is_validated_without_dropout_or_batch_statistics():
+    student, history = _distill(DistillConfig(lam=1.0, train=QUICK))
+    assert not student.training
+    again = float((student.predict(MADE.X)[SPLIT.val] == MADE.y[SPLIT.val]).float().mean())
+    assert again == history.best_accuracy
 
 
 def test_a_teacher_that_is_missing_or_bad_is_refused():
@@ -377,6 +398,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
         _distill(config, folder=tmp_path, on_epoch=stop, **given)
     resumed, again = _distill(config, folder=tmp_path, **given)
     assert _same(whole, resumed) and again.losses == history.losses and again.best_epoch == history.best_epoch
+    with pytest.raises(InputError, match="teacher"):
+        _distill(config, folder=tmp_path, **{**given, "teacher": probabilities(240, 3, 9)})
     other = dataclasses.replace(config, lam=0.5)
     with pytest.raises(InputError, match="lam 0.0"):
         _distill(other, folder=tmp_path, **given)
@@ -397,6 +420,24 @@ def test_folding_batch_norm_and_compiling_keep_the_function():
     torch.testing.assert_close(compiled(sparse), student(sparse), rtol=1e-5, atol=1e-5)
     flat = LightMLP(12, num_classes=3, layers=1).eval()
     torch.testing.assert_close(CompiledStudent(flat)(sparse), flat(sparse))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.7])
+def test_the_students_dropout_keeps_its_share_and_the_mean(p):
+    student, X = LightMLP(3, dropout=p), torch.ones(500, 401, requires_grad=True)
+    with seeded(0):
+        dropped = student.drop(X)
+    n = X.numel()
+    share = float((dropped == 0).float().mean())
+    assert abs(share - p) < 4.5 * (p * (1 - p) / n) ** 0.5
+    top = dropped.max().item()
+    assert set(dropped.unique().tolist()) == {0.0, top} and abs(top * (1 - p) - 1) < 1e-4
+    (grad,) = torch.autograd.grad(dropped.sum(), X)
+    assert torch.equal(grad, dropped.detach())
+    columns = (dropped == 0).float().mean(0)
+    assert columns.std() < 1.2 * (p * (1 - p) / 500) ** 0.5, "no column is treated otherwise"
+    student.eval()
+    assert torch.equal(student.drop(X), X)
 
 
 def test_calibration_finds_the_temperature():
@@ -486,7 +527,9 @@ def test_planted_noise_is_known():
     purity = [len(set(made.y[e].tolist())) == 1 for e in made.hypergraph.edges()]
     real = made.planted & ~made.is_noise
     assert all(pure for pure, true in zip(purity, real.tolist(), strict=True) if true)
-    assert not any(p for p, e in zip(purity, made.hypergraph.edges(), strict=True) if len(e) > 15 and p is not False)
+    large = torch.tensor([len(edge) > 15 for edge in made.hypergraph.edges()])
+    noisy = (made.is_noise & large).tolist()
+    assert any(noisy) and not any(pure for pure, noise in zip(purity, noisy, strict=True) if noise)
     assert len(made.hypergraph.isolated()) == 0 and abs(made.is_noise[made.planted].float().mean() - 0.5) < 0.15
     with pytest.raises(InputError, match="ascending"):
         make_synthetic(sizes=(5, 3))
@@ -509,7 +552,7 @@ def test_graph_arms_run():
 
 def test_estimator_takes_any_labels_and_new_rows():
     names = np.array(["ape", "bee", "cat"])[MADE.y.numpy()]
-    model = LightHGNN(epochs=25, teacher_hidden=8, student_hidden=16)
+    model = LightHGNN(epochs=60, teacher_hidden=8, student_hidden=16)
     test = SPLIT.test.numpy()
     model.fit(MADE.X.numpy(), MADE.hypergraph.edges(), names, SPLIT.train.numpy(), SPLIT.val.numpy())
     assert model.predict(MADE.X[:2]).dtype.kind == "U" and model.score(MADE.X[test], names[test]) > 0.6

@@ -27,7 +27,7 @@ from isotone.lighthgnn import (
     write_hif,
 )
 from isotone.lighthgnn.dataset import KNOWN, make_dataset
-from isotone.lighthgnn.export import load_teacher, quantize_rows, save_teacher
+from isotone.lighthgnn.export import load_teacher, quantize_rows, save_teacher, with_int8_weights
 from isotone.lighthgnn.jobs import read_features
 from isotone.lighthgnn.old_pickles import read_pickle
 from isotone.lighthgnn.readers import read_hypergcn, read_planetoid
@@ -240,6 +240,14 @@ def test_onnx(int8, tmp_path):
         (found,) = session.run(None, {"X": X[:rows].numpy()})
         tolerance = 0.03 if int8 else 1e-5
         np.testing.assert_allclose(found, student.predict_proba(X[:rows]).numpy(), atol=tolerance)
+
+
+def test_int8_weights_answer_as_the_int8_file_does(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    student, X = _student(), torch.randn(50, 6)
+    path = export_onnx(student, tmp_path / "s.onnx", int8=True)
+    (found,) = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"X": X.numpy()})
+    np.testing.assert_allclose(found, with_int8_weights(student).predict_proba(X).numpy(), atol=1e-5)
 
 
 def test_int8_codes_are_within_half_a_step():

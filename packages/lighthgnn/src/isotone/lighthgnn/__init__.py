@@ -9,11 +9,19 @@ from isotone.lighthgnn.blocks import Incidences, StoredHypergraph, predict_in_bl
 from isotone.lighthgnn.dataset import Dataset, digits_knn, known_dataset, load_dataset
 from isotone.lighthgnn.distill import DistillConfig, distill, train_teacher
 from isotone.lighthgnn.estimator import LightHGNN, LightHGNNClassifier
-from isotone.lighthgnn.export import export_onnx, export_torch, load_student, save_student
+from isotone.lighthgnn.export import export_onnx, export_torch, load_student, save_student, with_int8_weights
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.losses import HighOrderConstraint, kd_loss
-from isotone.lighthgnn.readers import from_hypernetx, from_xgi, read_edge_list, read_hif, write_hif
+from isotone.lighthgnn.readers import (
+    from_hypernetx,
+    from_xgi,
+    read_edge_list,
+    read_hif,
+    read_hypergcn,
+    read_planetoid,
+    write_hif,
+)
 from isotone.lighthgnn.reliability import reliable_hyperedge_scores, sample_hyperedges
 from isotone.lighthgnn.settings import Split, observed_hypergraph, production_split, transductive_split
 from isotone.lighthgnn.sparse import SparseMatrix
@@ -80,6 +88,8 @@ __all__ = [
     "production_split",
     "read_edge_list",
     "read_hif",
+    "read_hypergcn",
+    "read_planetoid",
     "reliable_hyperedge_scores",
     "sample_hyperedges",
     "save_student",
@@ -88,5 +98,6 @@ __all__ = [
     "train_teacher_in_blocks",
     "train_teachers_together",
     "transductive_split",
+    "with_int8_weights",
     "write_hif",
 ]

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from isotone.lighthgnn.distill import accuracy
+from isotone.lighthgnn.distill import accuracy, fingerprint
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.losses import cross_entropy
 from isotone.lighthgnn.sparse import SparseMatrix
@@ -53,10 +53,10 @@ class Incidences:
     def of(cls, hypergraph: Hypergraph) -> Incidences:
         """Of a hypergraph in memory; nothing is copied on a CPU."""
         into, out = hypergraph.into_edges, hypergraph.out_of_edges
-        arrays = (into.indptr, into.indices, out.indptr, out.indices, hypergraph.vertex_degree)
-        weight = hypergraph._edge_weight
-        parts: list[Any] = [array.cpu().numpy() for array in arrays]
-        return Incidences(*parts, None if weight is None else weight.cpu().numpy())
+        weight = None if hypergraph._edge_weight is None else hypergraph._edge_weight.cpu().numpy()
+        rows = (into.indptr.cpu().numpy(), into.indices.cpu().numpy())
+        columns = (out.indptr.cpu().numpy(), out.indices.cpu().numpy())
+        return Incidences(*rows, *columns, hypergraph.vertex_degree.cpu().numpy(), weight)
 
     @property
     def num_vertices(self) -> int:
@@ -183,8 +183,12 @@ def train_teacher_in_blocks(
     resume: bool = True,
     on_epoch: Callable[[int, float], None] = lambda epoch, accuracy: None,
 ) -> History:
-    """Train on sampled neighbourhoods of minibatches, validate on exact closures; memory is that of a batch."""
+    """Train on sampled neighbourhoods of minibatches, validate on exact closures; memory is that of a batch.
+
+    `y`, `train`, `val` on the CPU; the batches go to the device that the teacher is on.
+    """
     config = config or TrainConfig()
+    device = next(teacher.parameters()).device
 
     def losses(epoch: int) -> Iterator[Tensor]:
         generator = np.random.default_rng(epoch_seed(config.seed, epoch, 3))
@@ -194,15 +198,20 @@ def train_teacher_in_blocks(
                 *(batch, layers),
                 edges_per_vertex=edges_per_vertex, vertices_per_edge=vertices_per_edge, generator=generator,
             )  # fmt: skip
-            yield cross_entropy(teacher(stored.rows(vertices), blocks), y[batch])
+            logits = teacher(stored.rows(vertices).to(device), [block.to(device) for block in blocks])
+            yield cross_entropy(logits, y[batch].to(device))
 
     def validate() -> float:
-        return accuracy(predict_in_blocks(teacher, stored, val, layers, batch_size), y[val])
+        return accuracy(predict_in_blocks(teacher, stored, val, layers, batch_size).cpu(), y[val])
 
+    key = {
+        "model": type(teacher).__name__,
+        "blocks": [layers, batch_size, edges_per_vertex, vertices_per_edge],
+        "data": fingerprint(torch.from_numpy(np.array(stored.degree)).unsqueeze(1), y, train, val),
+    }
     return fit(
         *(teacher, losses, validate, config),
-        folder=folder, resume=resume, run_key={"blocks": [batch_size, edges_per_vertex, vertices_per_edge]},
-        on_epoch=on_epoch,
+        folder=folder, resume=resume, run_key=key, on_epoch=on_epoch,
     )  # fmt: skip
 
 
@@ -212,7 +221,8 @@ def predict_in_blocks(
 ) -> Tensor:
     """Exact logits of `vertices` (n x C), closure by closure."""
     found = []
+    device = next(teacher.parameters()).device
     for batch in vertices.split(batch_size):
         blocks, needed = stored.blocks(batch, layers)
-        found.append(teacher(stored.rows(needed), blocks))
+        found.append(teacher(stored.rows(needed).to(device), [block.to(device) for block in blocks]))
     return torch.cat(found)

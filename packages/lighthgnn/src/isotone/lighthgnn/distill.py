@@ -120,7 +120,13 @@ def distill(
     def validate() -> float:
         return accuracy(student(X_val), targets)
 
-    key = {"distill": dataclasses.asdict(config), "student": student.config, "data": fingerprint(X, y, train, val)}
+    key: dict[str, Any] = {
+        "distill": dataclasses.asdict(config),
+        "student": student.config,
+        "data": fingerprint(X, y, train, val),
+    }
+    if config.lam < 1 and teacher is not None:
+        key["teacher"] = round(float(teacher.double().square().sum()), 3)
     return fit(
         *(student, objective.losses, validate, config.train),
         folder=folder, resume=resume, run_key=key, on_epoch=on_epoch,

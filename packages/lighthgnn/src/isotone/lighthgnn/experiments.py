@@ -18,6 +18,7 @@ from torch import Tensor
 from isotone.lighthgnn import baselines
 from isotone.lighthgnn.dataset import Dataset
 from isotone.lighthgnn.distill import DistillConfig, distill, train_teacher
+from isotone.lighthgnn.export import with_int8_weights
 from isotone.lighthgnn.features import Features, take_rows
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.krd import distill_from_vertices, vertex_reliability
@@ -29,6 +30,7 @@ from isotone.lighthgnn.settings import (
     production_split,
     transductive_split,
 )
+from isotone.lighthgnn.stacked import train_teachers_together
 from isotone.lighthgnn.student import LightMLP
 from isotone.lighthgnn.synthetic import SyntheticConfig, make_synthetic
 from isotone.lighthgnn.teachers import Teacher, make_teacher, predict_proba
@@ -48,9 +50,9 @@ class Recipe:
     student_hidden: int = 128
     student_layers: int = 2
     noise_samples: int = 5
+    many_samples: int = 50
     test_ind_ratio: float = 0.9
     scikit: bool = True
-    ablations: bool = True
 
 
 @dataclass
@@ -98,10 +100,11 @@ class _Task:
         distill(student, *parts, teacher=teacher, hypergraph=self.hypergraph, rho=rho)
         return student
 
-    def scores(self, teacher: Teacher) -> Tensor:
+    def scores(self, teacher: Teacher, samples: int | None = None, **options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        samples = self.recipe.noise_samples
-        return reliable_hyperedge_scores(teacher, self.X, self.hypergraph, samples=samples, generator=generator)
+        samples = samples or self.recipe.noise_samples
+        parts = (teacher, self.X, self.hypergraph)
+        return reliable_hyperedge_scores(*parts, samples=samples, generator=generator, **options)
 
 
 def _task(data: Dataset, split: Split, recipe: Recipe, seed: int) -> _Task:
@@ -120,8 +123,19 @@ def _percent(predictions: Any, y: Tensor, vertices: Tensor) -> float:
     return 100 * float((predictions[vertices] == y[vertices]).float().mean())
 
 
-def transductive(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """Every arm on one transductive split of a hypergraph; and rho, topology scores."""
+def _scikit(data: Dataset, task: _Task, split: Split, score: Any) -> None:
+    if task.recipe.scikit:
+        cpu = dataclasses.replace(data, X=data.X.to("cpu"), y=data.y.cpu(), hypergraph=task.hypergraph.to("cpu"))
+        score("logistic regression", baselines.logistic_regression(cpu, split))
+        score("label spreading", baselines.label_spreading(cpu, split))
+        score("label spreading on hypergraph", baselines.hypergraph_label_spreading(cpu, split))
+
+
+def transductive(data: Dataset, seed: int, recipe: Recipe, ablations: bool = False) -> dict[str, Any]:
+    """Every arm on one transductive split of a hypergraph; and rho, topology scores.
+
+    `ablations`: also the authors' KD term and all hyperedges instead of drawn ones.
+    """
     split = transductive_split(data.y, recipe.num_train, recipe.num_val, seed)
     task = _task(data, split, recipe, seed)
     found: dict[str, float] = {}
@@ -130,12 +144,9 @@ def transductive(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
         found[name] = _percent(predictions, data.y, split.test)
 
     score("fair MLP", task.mlp(batch_norm=False).predict(data.X))
-    score("paper's MLP", task.mlp(batch_norm=True).predict(data.X))
-    if recipe.scikit:
-        cpu = dataclasses.replace(data, X=data.X.to("cpu"), y=data.y.cpu(), hypergraph=task.hypergraph.to("cpu"))
-        score("logistic regression", baselines.logistic_regression(cpu, split))
-        score("label spreading", baselines.label_spreading(cpu, split))
-        score("label spreading on hypergraph", baselines.hypergraph_label_spreading(cpu, split))
+    plain = task.mlp(batch_norm=True)
+    score("paper's MLP", plain.predict(data.X))
+    _scikit(data, task, split, score)
     teacher = task.teach(recipe.teacher, task.hypergraph)
     soft = predict_proba(teacher, data.X, task.hypergraph)
     score("teacher", soft.argmax(1))
@@ -143,13 +154,20 @@ def transductive(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
     light, plus = task.pupil(soft, None), task.pupil(soft, rho)
     score("LightHGNN", light.predict(data.X))
     score("LightHGNN+", plus.predict(data.X))
-    if recipe.ablations:
+    quantile = task.scores(teacher, recipe.many_samples, normalize="quantile")
+    score("LightHGNN+, quantile scores", task.pupil(soft, quantile).predict(data.X))
+    score("LightHGNN+, int8 weights", with_int8_weights(plus).predict(data.X))
+    if ablations:
         score("LightHGNN, official KD", task.pupil(soft, None, kd_loss="official").predict(data.X))
         score("LightHGNN+, official KD", task.pupil(soft, rho, kd_loss="official").predict(data.X))
         score("LightHGNN+, all hyperedges", task.pupil(soft, rho, sampling="all").predict(data.X))
     with torch.no_grad():
-        parts = {"teacher": teacher.embed(data.X, task.hypergraph), "LightHGNN": light.embed(data.X)}
-        parts["LightHGNN+"] = plus.embed(data.X)
+        parts: dict[str, Any] = {"teacher": teacher.embed(data.X, task.hypergraph)}
+        parts |= {
+            "paper's MLP": plain.embed(data.X),
+            "LightHGNN": light.embed(data.X),
+            "LightHGNN+": plus.embed(data.X),
+        }
         smooth = {name: float(topology_score(x, task.hypergraph, normalize=True)) for name, x in parts.items()}
     return {"accuracy": found, "topology": smooth, "rho": np.histogram(rho.cpu().numpy(), 20, (0, 1))[0].tolist(),
             "rho_mean": float(rho.mean())}  # fmt: skip
@@ -173,9 +191,16 @@ def three_settings(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
     }
     students = {
         "fair MLP": task.mlp(batch_norm=False),
+        "paper's MLP": task.mlp(batch_norm=True),
         "LightHGNN": task.pupil(soft, None),
         "LightHGNN+": task.pupil(soft, task.scores(teacher)),
     }
+    if recipe.scikit:
+        # it learns from the training rows alone, so that it has an answer for the unseen ones too
+        predictions = baselines.logistic_regression(
+            dataclasses.replace(data, X=data.X.to("cpu"), y=data.y.cpu()), split
+        )
+        found["logistic regression"] = {name: _percent(predictions, data.y, ids) for name, ids in parts.items()}
     for name, student in students.items():
         predictions = student.predict(data.X)
         found[name] = {setting: _percent(predictions, data.y, ids) for setting, ids in parts.items()}
@@ -194,6 +219,7 @@ def graph_arms(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
 
     score("fair MLP", task.mlp(batch_norm=False).predict(data.X))
     score("paper's MLP", task.mlp(batch_norm=True).predict(data.X))
+    _scikit(data, task, split, score)
     gcn = task.teach("gcn", data.graph)
     soft_gcn = predict_proba(gcn, data.X, data.graph)
     score("GCN", soft_gcn.argmax(1))
@@ -207,29 +233,80 @@ def graph_arms(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
     score("teacher", soft.argmax(1))
     score("LightHGNN", task.pupil(soft, None).predict(data.X))
     score("LightHGNN+", task.pupil(soft, task.scores(teacher)).predict(data.X))
+    rho = task.scores(gcn, recipe.many_samples, structure=data.graph)
+    score("LightHGNN+, GCN as teacher", task.pupil(soft_gcn, rho).predict(data.X))
     return {"accuracy": found}
 
 
-def noise_and_signal(config: SyntheticConfig, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """A synthetic hypergraph: accuracies, and whether planted noise hyperedges are scored below true ones."""
-    made = make_synthetic(config, seed)
-    data = Dataset("synthetic", made.X, made.y, made.hypergraph)
-    split = transductive_split(data.y, recipe.num_train, recipe.num_val, seed)
-    task = _task(data, split, recipe, seed)
+NOISE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "draws": {"draws": True},
+    "additive": {"noise": "additive", "draws": True},
+    "quantile": {"normalize": "quantile", "draws": True},
+    "slight": {"level": 0.1, "draws": True},
+}
+"""The ways to score hyperedges that are held to planted noise; `draws`: as many as `Recipe.many_samples`."""
+
+
+def signal_arms(config: SyntheticConfig, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """A synthetic hypergraph: the fair MLP, the teacher and LightHGNN+."""
+    data, task, split, _ = _synthetic_task(config, seed, recipe)
     teacher = task.teach(recipe.teacher, task.hypergraph)
-    rho = task.scores(teacher)
     soft = predict_proba(teacher, data.X, task.hypergraph)
     accuracy = {
         "fair MLP": _percent(task.mlp(batch_norm=False).predict(data.X), data.y, split.test),
         "teacher": _percent(soft.argmax(1), data.y, split.test),
-        "LightHGNN+": _percent(task.pupil(soft, rho).predict(data.X), data.y, split.test),
+        "LightHGNN+": _percent(task.pupil(soft, task.scores(teacher)).predict(data.X), data.y, split.test),
     }
-    real, noisy = rho[made.planted & ~made.is_noise], rho[made.planted & made.is_noise]
-    if min(len(real), len(noisy)) == 0:
-        return {"accuracy": accuracy, "auc": None, "rho_true": None, "rho_noise": None}
-    auc = roc_auc_score(np.repeat([1, 0], [len(real), len(noisy)]), torch.cat((real, noisy)).numpy())
-    parts = {"auc": float(auc), "rho_true": float(real.mean()), "rho_noise": float(noisy.mean())}
-    return {"accuracy": accuracy, **parts}
+    return {"accuracy": accuracy}
+
+
+def planted_noise(config: SyntheticConfig, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """Whether planted noise hyperedges are scored below true ones, by each way of `NOISE`: AUC, mean rho of both."""
+    _, task, _, made = _synthetic_task(config, seed, recipe)
+    teacher = task.teach(recipe.teacher, task.hypergraph)
+    real, noisy = made.planted & ~made.is_noise, made.planted & made.is_noise
+    found: dict[str, Any] = {}
+    for name, given in NOISE.items():
+        options = dict(given)
+        samples = recipe.many_samples if options.pop("draws", False) else None
+        rho = task.scores(teacher, samples, **options).cpu()
+        if min(int(real.sum()), int(noisy.sum())) == 0:
+            found[name] = {"auc": None, "true": None, "noise": None}
+            continue
+        kept = real | noisy
+        auc = roc_auc_score(real[kept].numpy(), rho[kept].numpy())
+        found[name] = {"auc": float(auc), "true": float(rho[real].mean()), "noise": float(rho[noisy].mean())}
+    return found
+
+
+def _synthetic_task(config: SyntheticConfig, seed: int, recipe: Recipe) -> tuple[Dataset, _Task, Split, Any]:
+    made = make_synthetic(config, seed)
+    data = Dataset("synthetic", made.X, made.y, made.hypergraph)
+    split = transductive_split(data.y, recipe.num_train, recipe.num_val, seed)
+    return data, _task(data, split, recipe, seed), split, made
+
+
+def teachers_together(data: Dataset, names: tuple[str, ...], seeds: tuple[int, ...], recipe: Recipe) -> dict[str, Any]:
+    """Test accuracies of teachers of all seeds trained as one job (`stacked.py`), and its seconds; by name."""
+    splits = [transductive_split(data.y, recipe.num_train, recipe.num_val, seed) for seed in seeds]
+    train, val = (torch.stack([getattr(s, part) for s in splits]).to(data.y.device) for part in ("train", "val"))
+    hypergraph = data.hypergraph.add_singletons()
+    found = {}
+    for name in names:
+        teachers = []
+        for seed in seeds:
+            with seeded(seed):
+                made = make_teacher(name, data.X.shape[1], data.num_classes, hidden=recipe.teacher_hidden)
+            teachers.append(made.to(data.y.device))
+        start = time.perf_counter()
+        config = TrainConfig(epochs=recipe.epochs, seed=seeds[0])
+        train_teachers_together(teachers, data.X, hypergraph, data.y, train, val, config)
+        seconds = time.perf_counter() - start
+        guesses = (predict_proba(teacher, data.X, hypergraph).argmax(1) for teacher in teachers)
+        accuracy = [_percent(g, data.y, s.test) for g, s in zip(guesses, splits, strict=True)]
+        found[name] = {"accuracy": accuracy, "seconds": seconds}
+    return found
 
 
 def fit_seconds(data: Dataset, recipe: Recipe) -> dict[str, float]:

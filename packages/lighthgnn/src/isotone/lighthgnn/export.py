@@ -61,8 +61,8 @@ class _Probabilities(nn.Module):
         for linear, source in zip(linears, sources, strict=True):
             linear.load_state_dict(source.state_dict())
         with torch.no_grad():
-            linears[-1].weight /= folded.temperature
-            linears[-1].bias /= folded.temperature
+            linears[-1].weight.div_(folded.temperature)
+            linears[-1].bias.div_(folded.temperature)
         self.hidden, self.out = nn.ModuleList(linears[:-1]), linears[-1]
 
     @property
@@ -134,6 +134,17 @@ def export_onnx(student: LightMLP, path: str | os.PathLike[str], int8: bool = Fa
     path = Path(path)
     atomic_write(path, model.SerializeToString())
     return path
+
+
+@torch.no_grad()
+def with_int8_weights(student: LightMLP) -> LightMLP:
+    """The folded student with its weights rounded as `export_onnx(int8=True)` rounds them: what that file answers."""
+    rounded = student.fold_batchnorm()
+    linears: list[Any] = [*rounded.linears, rounded.out]
+    for linear in linears:
+        codes, scale = quantize_rows(linear.weight)
+        linear.weight.copy_(codes * scale.unsqueeze(1))
+    return rounded
 
 
 def quantize_rows(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Float[Tensor, " m"]]:

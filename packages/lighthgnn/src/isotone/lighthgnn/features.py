@@ -75,9 +75,9 @@ def perturb(X: Features, noise: str, level: float, generator: torch.Generator | 
     Level 0 leaves X as it is, except "official", where it gives zeros.
     """
     if noise not in ("multiplicative", "additive", "official"):
-        raise ValueError(f"expected noise to be multiplicative, additive or official, got {noise!r}")
+        raise InputError(f"expected noise to be multiplicative, additive or official, got {noise!r}")
     if not (level >= 0 and np.isfinite(level)):
-        raise ValueError(f"expected a finite noise level, 0 or more, got {level}")
+        raise InputError(f"expected a finite noise level, 0 or more, got {level}")
     if noise == "additive":
         dense = X.to_dense() if isinstance(X, SparseMatrix) else X
         return dense + level * _gaussian(dense, generator)
@@ -90,7 +90,7 @@ def perturb(X: Features, noise: str, level: float, generator: torch.Generator | 
 def blend_noise(X: Features, share: float, generator: torch.Generator | None = None) -> Float[Tensor, "N d"]:
     """(1 - share) X + share N(0, 1): the paper's test of robustness to feature noise (section 2.8)."""
     if not 0 <= share <= 1:
-        raise ValueError(f"expected a share of noise from 0 to 1, got {share}")
+        raise InputError(f"expected a share of noise from 0 to 1, got {share}")
     dense = X.to_dense() if isinstance(X, SparseMatrix) else X
     return (1 - share) * dense + share * _gaussian(dense, generator)
 

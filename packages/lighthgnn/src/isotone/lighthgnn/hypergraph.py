@@ -216,7 +216,7 @@ class Hypergraph(Structure):
         """Write an npz of `indptr`, `indices`, `num_vertices` and, where given, `edge_weight`; nothing pickled."""
         import io
 
-        parts = {
+        parts: dict[str, Any] = {
             "num_vertices": np.array(self.num_vertices),
             "indptr": self.into_edges.indptr.cpu().numpy(),
             "indices": self.into_edges.indices.cpu().numpy(),

@@ -39,8 +39,9 @@ class _DType:
             raise InputError(f"expected an array of numbers, got dtype {self.value}")
 
     def set_state(self, state: Any) -> None:
-        if _text(state[1]) in ("<", ">"):
-            self.value = self.value.newbyteorder(_text(state[1]))
+        order: Any = _text(state[1])
+        if order in ("<", ">"):
+            self.value = self.value.newbyteorder(order)
 
 
 class _Sparse:
@@ -109,6 +110,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 def _interpret(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in _IGNORED:

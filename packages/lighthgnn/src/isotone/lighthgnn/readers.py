@@ -59,9 +59,11 @@ def read_hif(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Hyperg
         names = [item["node"] for item in document.get("nodes", ())]
         for incidence in document["incidences"]:
             members.setdefault(incidence["edge"], []).append(incidence["node"])
-        weights = {item["edge"]: item["weight"] for item in document.get("edges", ()) if "weight" in item}
-    except (KeyError, TypeError) as error:
+        weights = {item["edge"]: float(item["weight"]) for item in document.get("edges", ()) if "weight" in item}
+    except KeyError as error:
         raise InputError(f"expected HIF records with edge and node, missing {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected HIF records with names and weights as numbers: {error}") from None
     return _named(members, names, weights)
 
 

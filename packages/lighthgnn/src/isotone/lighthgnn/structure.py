@@ -100,6 +100,13 @@ class Structure:
         Y = self.v2e(X * _inverse_root(self.source_degree, X), "mean", weighted=True)
         return self.e2v(Y, "sum") * _inverse_root(self.target_degree, X)
 
+    def to(self, device: str | torch.device) -> Structure:
+        """The same structure on `device`."""
+        tensors = (self.edge_size, self._edge_weight, self.source_degree, self.target_degree, self._edge_mean_degree)
+        size, weight, source, target, mean = (None if t is None else t.to(device) for t in tensors)
+        parts = (self.into_edges.to(device), self.out_of_edges.to(device))
+        return Structure(*parts, size, weight, source, target, mean)  # type: ignore[arg-type]
+
     def targets(self, X: Float[Tensor, "N c"]) -> Float[Tensor, "T c"]:
         """The rows of X that belong to the target vertices."""
         return X if self.num_targets == self.num_sources else X[: self.num_targets]

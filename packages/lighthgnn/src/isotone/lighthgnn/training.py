@@ -199,7 +199,7 @@ def _check_key(ours: dict[str, Any], saved: dict[str, Any], folder: Path) -> Non
 
 
 def _flat(document: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in document.items():
         found |= _flat(value) if isinstance(value, dict) else {name: value}
     return found
