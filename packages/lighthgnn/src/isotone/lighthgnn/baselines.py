@@ -35,7 +35,7 @@ def logistic_regression(data: Dataset, split: Split) -> np.ndarray:
     return _best((fitted(strength).predict(X) for strength in STRENGTHS), y, split)
 
 
-def label_spreading(data: Dataset, split: Split, vertices: np.ndarray | None = None) -> np.ndarray:
+def label_spreading(data: Dataset, split: Split) -> np.ndarray:
     """Predictions by spreading labels over the features' nearest neighbours, the best number of `NEIGHBOURS`."""
     X, y = to_numpy(data.X), data.y.numpy()
     known = _only_training_labels(y, split)
