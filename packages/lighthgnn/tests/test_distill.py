@@ -33,7 +33,7 @@ from isotone.lighthgnn import (
     transductive_split,
 )
 from isotone.lighthgnn import features as feature_module
-from isotone.lighthgnn.experiments import Recipe, graph_arms
+from isotone.lighthgnn.experiments import Recipe, graph_arms, ranking_auc
 from isotone.lighthgnn.features import as_features, blend_noise, l1_normalize, perturb
 from isotone.lighthgnn.reliability import normalize_scores, prediction_entropy
 from isotone.lighthgnn.settings import Split, check_labels, local_ids
@@ -533,6 +533,15 @@ def test_planted_noise_is_known():
     assert len(made.hypergraph.isolated()) == 0 and abs(made.is_noise[made.planted].float().mean() - 0.5) < 0.15
     with pytest.raises(InputError, match="ascending"):
         make_synthetic(sizes=(5, 3))
+
+
+def test_ranking_auc_equals_scikit_learns():
+    from sklearn.metrics import roc_auc_score
+
+    source = np.random.default_rng(0)
+    upper, lower = source.integers(6, size=40) / 5, source.integers(5, size=30) / 5
+    expected = roc_auc_score(np.repeat([1, 0], [40, 30]), np.concatenate((upper, lower)))
+    assert abs(ranking_auc(upper, lower) - expected) < 1e-12
 
 
 def test_graph_arms_run():

@@ -5,10 +5,11 @@ predictions on hyperedges whose entropy stays put under feature noise. Then the 
 `LightHGNN(...).fit(X, hyperedges, y).predict(X_new)` is the whole of it; the parts are modules of their own.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from isotone.lighthgnn.blocks import Incidences, StoredHypergraph, predict_in_blocks, train_teacher_in_blocks
 from isotone.lighthgnn.dataset import Dataset, digits_knn, known_dataset, load_dataset
 from isotone.lighthgnn.distill import DistillConfig, distill, train_teacher
-from isotone.lighthgnn.estimator import LightHGNN, LightHGNNClassifier
 from isotone.lighthgnn.export import export_onnx, export_torch, load_student, save_student, with_int8_weights
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.hypergraph import Hypergraph
@@ -43,6 +44,9 @@ from isotone.lighthgnn.teachers import (
 )
 from isotone.lighthgnn.topology import topology_score
 from isotone.lighthgnn.training import TrainConfig
+
+if TYPE_CHECKING:
+    from isotone.lighthgnn.estimator import LightHGNN, LightHGNNClassifier
 
 __version__ = "0.1.0"
 __all__ = [
@@ -101,3 +105,12 @@ __all__ = [
     "with_int8_weights",
     "write_hif",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn takes a second to import, and only the estimators need it
+    if name in ("LightHGNN", "LightHGNNClassifier"):
+        from isotone.lighthgnn import estimator
+
+        return getattr(estimator, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

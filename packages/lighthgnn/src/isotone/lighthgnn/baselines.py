@@ -9,9 +9,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.semi_supervised import LabelSpreading
 
 from isotone.lighthgnn.dataset import Dataset
 from isotone.lighthgnn.features import to_numpy
@@ -25,6 +22,9 @@ SPREADINGS = (0.2, 0.5, 0.9)
 
 def logistic_regression(data: Dataset, split: Split) -> np.ndarray:
     """Predictions of all vertices by the best of `STRENGTHS` on the validation vertices."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     X, y = to_numpy(data.X), data.y.numpy()
 
     def fitted(strength: float) -> Any:
@@ -37,6 +37,8 @@ def logistic_regression(data: Dataset, split: Split) -> np.ndarray:
 
 def label_spreading(data: Dataset, split: Split) -> np.ndarray:
     """Predictions by spreading labels over the features' nearest neighbours, the best number of `NEIGHBOURS`."""
+    from sklearn.semi_supervised import LabelSpreading
+
     X, y = to_numpy(data.X), data.y.numpy()
     known = _only_training_labels(y, split)
     models = (LabelSpreading(kernel="knn", n_neighbors=k, max_iter=100) for k in NEIGHBOURS)
@@ -48,6 +50,8 @@ def hypergraph_label_spreading(data: Dataset, split: Split) -> np.ndarray:
 
     It sees no features and needs the hypergraph to answer: a bound of another kind.
     """
+    from sklearn.semi_supervised import LabelSpreading
+
     y = data.y.numpy()
     affinity = _affinity(data.hypergraph)
     known = _only_training_labels(y, split)

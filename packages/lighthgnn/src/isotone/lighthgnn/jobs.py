@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from isotone.lighthgnn import readers
@@ -153,6 +152,8 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
 
 def scores(predictions: Tensor, y: Tensor, split: Split) -> dict[str, dict[str, float]]:
     """Accuracy, macro and micro F1 in per cent, on each part of the test set that has vertices."""
+    from sklearn.metrics import f1_score
+
     found = {}
     parts = {"trans": split.test_tran}
     if len(split.test_ind):

@@ -54,7 +54,8 @@ SCALES = {
     "smoke": Scale(
         Recipe(epochs=10, num_train=10, num_val=20, noise_samples=2, many_samples=3, student_hidden=32, scikit=False),
         *((0,), SyntheticConfig(num_vertices=300, num_edges=150), False, ()),
-        SyntheticConfig(num_vertices=2000, num_edges=1000),
+        SyntheticConfig(num_vertices=1000, num_edges=500),
+        batches=(1,),
         digits=False,
     ),
     "cpu": Scale(Recipe(), (0, 1, 2, 3, 4), SyntheticConfig(), True, SIGNALS, _SPEED),
