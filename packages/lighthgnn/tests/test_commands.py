@@ -1,0 +1,133 @@
+"""The commands on a user's files, killed and resumed; reproduction and bench at tiny sizes."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from contract import files
+from safetensors.torch import load_file
+
+from isotone.lighthgnn import bench, reproduce
+from isotone.lighthgnn.cli import app
+from isotone.lighthgnn.latency import break_even
+from isotone.lighthgnn.synthetic import SyntheticConfig
+from isotone.shared.cli import Run
+from isotone.shared.testing import kill_and_resume, run_cli
+
+SMALL = ["--num-train", "3", "--num-val", "4", "--epochs", "6"]
+
+
+def run(folder, *argv):
+    result = run_cli(app, list(argv), folder)
+    assert result.code == 0, result.stderr
+    return json.loads(result.stdout) if "--json" in argv else result.stdout
+
+
+def test_from_files_to_predictions(tmp_path):
+    files(tmp_path)
+    data = np.load(tmp_path / "data.npz")
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, data["y"])))
+    np.save(tmp_path / "x.npy", data["x"])
+    lines = [np.flatnonzero(data["hyperedge_index"][1] == e) for e in range(12)]
+    (tmp_path / "mine.txt").write_text("\n".join(" ".join(map(str, line)) for line in lines if len(line)))
+    made = run(tmp_path, "convert", "mine.txt", "--features", "x.npy", "--labels", "labels.txt", "--out", "c", "--json")
+    assert made["vertices"] == 60 and made["hyperedges"] == 12
+    common = ("--data", "c/mine.npz", "--out", "run")
+    run(tmp_path, "train", *common, *SMALL, "--test-ind-ratio", "0.5", "--quiet")
+    facts = run(tmp_path, "distill", *common, "--epochs", "6", "--hidden", "8", "--calibrate", "--json")
+    assert 0 < facts["mean reliability"] <= 1 and facts["temperature"] > 0
+    found = run(tmp_path, "evaluate", *common, "--noise-level", "0.1", "--json")
+    assert set(found) == {"student", "teacher"} and set(found["student"]) == {"trans", "ind", "prod"}
+    run(tmp_path, "predict", "x.npy", "--out", "run", "--quiet")
+    rows = list(csv.reader((tmp_path / "run" / "predictions.csv").open()))
+    assert len(rows) == 61 and abs(sum(map(float, rows[1][2:])) - 1) < 1e-4
+    for format in ("safetensors", "torch-export"):
+        assert run(tmp_path, "export", "--out", "run", "--format", format, "--json")["bytes"] > 100
+    assert {p.name for p in (tmp_path / "run").glob("*.png")} == {"reliability.png", "accuracy.png"}
+    other = run_cli(
+        app, ["distill", "--data", "data.npz", "--teacher", "run", "--out", "light", "--light", *SMALL[4:]], tmp_path
+    )
+    assert other.code == 0, other.stderr
+    wrong = run_cli(app, ["evaluate", "--data", "digits", "--out", "run"], tmp_path)
+    assert wrong.code == 2 and "60 vertices" in wrong.stderr
+    np.save(tmp_path / "narrow.npy", np.ones((2, 2)))
+    narrow = run_cli(app, ["predict", "narrow.npy", "--out", "run"], tmp_path)
+    assert narrow.code == 2 and "expected 3 features" in narrow.stderr
+
+
+@pytest.mark.parametrize("teacher", ["gcn", "unigat"])
+def test_other_teachers(teacher, tmp_path):
+    files(tmp_path)
+    run(tmp_path, "train", "--data", "data.npz", "--teacher", teacher, "--out", "run", "--quiet", *SMALL)
+    run(tmp_path, "distill", "--data", "data.npz", "--out", "run", "--epochs", "3", "--quiet")
+    assert "teacher" in run(tmp_path, "evaluate", "--data", "data.npz", "--out", "run", "--json")
+
+
+def test_a_killed_training_resumes(tmp_path):
+    files(tmp_path)
+    command = [sys.executable, "-m", "isotone.lighthgnn", "train", "--data", "data.npz", *SMALL[:4], "--quiet"]
+    command += ["--epochs", "200", "--checkpoint-every", "10"]
+
+    def ready():
+        return any((tmp_path / "killed" / "checkpoints-teacher").glob("step-*"))
+
+    done = kill_and_resume([*command, "--out", "killed"], ready=ready, seed=3, cwd=tmp_path, delay=0.1)
+    assert done.returncode == 0, done.stderr
+    whole = run_cli(app, [*command[3:], "--out", "whole"], tmp_path)
+    assert whole.code == 0, whole.stderr
+    killed, uninterrupted = (load_file(tmp_path / name / "teacher.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_every_scale_is_one_path(tmp_path, monkeypatch):
+    """The gpu scale's code at a tiny size: arms, claims, plots; finished arms are not run again."""
+    tiny = reproduce.SCALES["gpu"]
+    recipe = dataclasses.replace(tiny.recipe, epochs=6, num_train=5, num_val=10, student_hidden=16, many_samples=2)
+    small = SyntheticConfig(num_vertices=200, num_edges=100, dim=8)
+    setting = dataclasses.replace(
+        tiny,
+        recipe=recipe,
+        synthetic=small,
+        speed=small,
+        real=False,
+        digits=False,
+        signals=(0.8,),
+        batches=(1, 32),
+    )
+    monkeypatch.setitem(reproduce.SCALES, "gpu", setting)
+    options = Run(tmp_path, seeds=(0, 1, 2), device="cpu", quiet=True)
+    report = reproduce.reproduce("gpu", options)
+    values = {m.claim.id: m.measured for m in report.measurements}
+    assert set(values) == {claim.id for claim in reproduce.CLAIMS}
+    assert values["cora-gain"] is None and values["synthetic-gain"] is not None and 0 <= values["noise-auc"] <= 1
+    assert {"accuracy-synthetic", "settings-synthetic", "reliability", "signal"} == set(report.figures)
+    report.save(tmp_path)
+    monkeypatch.setattr(reproduce.experiments, "transductive", None)
+    again = reproduce.reproduce("gpu", options)
+    assert [m.measured for m in again.measurements] == [m.measured for m in report.measurements]
+
+
+def test_bench_on_tiny_sizes(tmp_path):
+    report = bench.bench(Run(tmp_path, device="cpu", quiet=True), "tiny")
+    rows = {row.id: row for row in report.ratios}
+    assert {
+        "student-1",
+        "student-32",
+        "student-1-whole",
+        "student-1-p99",
+        "flat-in-hyperedges",
+        "sparse-first-layer",
+    } <= set(rows)
+    assert {"dhg-cold-hyperedges-of-30", "pyg-hyperedges-of-30"} <= set(rows)
+    assert all(row.ratio > 0 for row in report.ratios) and rows["student-1"].ratio > 1
+    report.save(tmp_path)
+
+
+def test_break_even_is_interpolated():
+    times = [{"batch": 1, "ratio": 100.0}, {"batch": 100, "ratio": 1.0}, {"batch": 10_000, "ratio": 0.01}]
+    assert abs(break_even(times) - 100) < 1e-6
+    assert break_even(times[:1]) is None
