@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,20 +74,24 @@ def train_base(
     batches: Callable[[int], tuple[Tensor, Tensor]],
     steps: int,
     lr: float,
+    *,
+    cosine: bool = True,
+    until: float | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Any:
-    """Train every weight by cross-entropy: AdamW (0.9, 0.99), decay 0.1, clip 1, 50 steps of warm-up, cosine to 5 %.
+) -> int:
+    """Train every weight by cross-entropy in place; returns the steps taken.
 
-    `batches(step)`: ids and labels (b, n), -100 where nothing is asked. Raises `InputError` on a loss that is not finite.
+    AdamW (0.9, 0.99), decay 0.1, clip 1, 50 steps of warm-up; then `cosine` to 5 % of `lr`, or constant. `batches(step)`:
+    ids and labels (b, n), -100 where nothing is asked. `until`: stop where the loss, averaged over some ten steps, is
+    below it. Raises `InputError` on a loss that is not finite.
     """
-    import math
-
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
     device = model.lm_head.weight.device
+    average, taken = math.inf, 0
     for step in range(steps):
         rise = min(1.0, (step + 1) / 50)
-        fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0
         for group in optimizer.param_groups:
             group["lr"] = lr * rise * fall
         ids, labels = batches(step)
@@ -99,22 +104,35 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         on_step(step + 1, value)
-    return model.eval()
+        taken = step + 1
+        average = value if math.isinf(average) else 0.9 * average + 0.1 * value
+        if until is not None and average < until:
+            break
+    model.eval()
+    return taken
 
 
-def recall_batches(
-    copying: int, batch: int, pairs: int, queries: int, seed: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches that teach recall: first `copying` steps of repeated random runs, then recall, with runs every 4th step.
+def train_recall(
+    model: Any,
+    *,
+    batch: int = 16,
+    pairs: int = 16,
+    queries: int = 12,
+    copying: int = 2500,
+    recalling: int = 250,
+    lr: float = 3e-3,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> int:
+    """Teach `model` key-value recall in place; returns the steps taken.
 
-    A run of 6 to 39 symbols said twice makes heads that find what followed a symbol before, which recall alone makes
-    only after far more steps.
+    First runs of 6 to 39 random symbols, each said twice, until it copies (at most `copying` steps): that makes heads
+    that find what followed a symbol before, which recall alone makes only after far more steps. Then `recalling` steps
+    of the task, with runs every fourth.
     """
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
+    def runs(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        if step >= copying and step % 4:
-            return recall_task(batch, pairs, generator, queries)
         length = int(torch.randint(6, 40, (1,), generator=generator))
         once = torch.rand(batch, RECALL_VOCAB, generator=generator).argsort(-1)[:, :length]
         ids = torch.cat([once, once], 1)
@@ -122,4 +140,11 @@ def recall_batches(
         labels[:, : length + 1] = IGNORED
         return ids, labels
 
-    return batches
+    def task(step: int) -> tuple[Tensor, Tensor]:
+        if step % 4 == 0:
+            return runs(copying + step)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + copying + step)
+        return recall_task(batch, pairs, generator, queries)
+
+    taken = train_base(model, runs, copying, lr, cosine=False, until=1.0, on_step=on_step)
+    return taken + train_base(model, task, recalling, lr, on_step=on_step)
