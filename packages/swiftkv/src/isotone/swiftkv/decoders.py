@@ -29,15 +29,15 @@ class Decoder:
             raise InputError(f"expected a GPU for decode_mode cudagraph, the model is on {cache.device.type}")
         self.model, self.cache, self.mode = model, cache, mode
         engine.check_cache(model, cache)
-        if mode != "eager" and len(cache.split.upper):
-            engine.fused_projection(model)  # stacked once, outside of what is compiled
+        # stacked once, outside of what is compiled
+        self.fused = engine.fused_projection(model) if mode != "eager" and len(cache.split.upper) else None
         if mode == "compile":
             options: Any = {"mode": "reduce-overhead"} if cache.device.type == "cuda" and backend == "inductor" else {}
             self._step = torch.compile(engine.decode_step, fullgraph=True, backend=backend, **options)
             for plane in (*cache.keys, *cache.values):
                 torch._dynamo.mark_static_address(plane)
         elif mode == "cudagraph":  # pragma: no cover - needs a GPU
-            self._graph = _Graph(model, cache)
+            self._graph = _Graph(model, cache, self.fused)
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
@@ -48,7 +48,7 @@ class Decoder:
             self.cache.room(row, 1)
         positions = torch.tensor(self.cache.lengths, device=self.cache.device)
         if self.mode == "compile":
-            logits = self._step(self.model, tokens, positions, self.cache, self.cache.max_length)
+            logits = self._step(self.model, tokens, positions, self.cache, self.cache.max_length, False, self.fused)
         else:  # pragma: no cover - needs a GPU
             logits = self._graph(tokens, positions)
         self.cache.lengths = [length + 1 for length in self.cache.lengths]
@@ -58,7 +58,7 @@ class Decoder:
 class _Graph:  # pragma: no cover - needs a GPU
     """`decode_step` captured on fixed buffers."""
 
-    def __init__(self, model: Any, cache: SwiftKVCache) -> None:
+    def __init__(self, model: Any, cache: SwiftKVCache, fused: Any) -> None:
         device = cache.device
         self.tokens = torch.zeros(cache.batch, dtype=torch.long, device=device)
         # warming up writes a key and value at these positions: the next ones, which the first real step overwrites
@@ -67,11 +67,11 @@ class _Graph:  # pragma: no cover - needs a GPU
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(3):
-                engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length)
+                engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, fused)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph), torch.no_grad():
-            self.logits = engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length)
+            self.logits = engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, fused)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.tokens.copy_(tokens)

@@ -148,17 +148,24 @@ def decode(model: Any, tokens: Int[Tensor, " batch"], cache: SwiftKVCache) -> Fl
 
 
 def decode_step(
-    model: Any, tokens: Tensor, positions: Tensor, cache: SwiftKVCache, limit: int, even: bool = False
+    model: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: SwiftKVCache,
+    limit: int,
+    even: bool = False,
+    fused: FusedProjection | None = None,
 ) -> Tensor:
     """The tensor part of `decode`, which `torch.compile` and CUDA graphs take whole: nothing here reads a value back.
 
-    `tokens` and `positions` (batch,); `limit`: cached tokens looked at, the cache's whole length when compiled.
+    `tokens` and `positions` (batch,); `limit`: cached tokens looked at, the cache's whole length when compiled;
+    `fused`: the stacked projections, where they are at hand.
     """
     rows = torch.arange(cache.batch, device=tokens.device)
     packed = Packed(rows, positions, None, limit, even)
     hidden, rope = _lower(model, tokens, packed, cache)
     if len(cache.split.upper):
-        _write_upper(model, hidden, rope, packed, cache)
+        _write_upper(model, hidden, rope, packed, cache, fused)
         hidden = _upper(model, hidden, rope, packed, cache)
     return model.lm_head(model.model.norm(hidden))
 
@@ -272,9 +279,11 @@ def _finish(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def _write_upper(model: Any, hidden: Tensor, rope: Rope, packed: Packed, cache: SwiftKVCache) -> None:
+def _write_upper(
+    model: Any, hidden: Tensor, rope: Rope, packed: Packed, cache: SwiftKVCache, fused: FusedProjection | None = None
+) -> None:
     """Keys and values of every group of upper layers from h_l (T, d): one GEMM, one pass over the cache."""
-    fused = fused_projection(model)
+    fused = fused or fused_projection(model)
     states = model.model.norm_swiftkv(hidden)
     projected = F.linear(states, fused.weight, fused.bias)
     slots = slice(cache.split.num_key_value_layers, cache.split.slots)
