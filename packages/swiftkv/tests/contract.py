@@ -65,6 +65,8 @@ def files(folder: Path) -> None:
     weights = folder / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "gpt2").mkdir()
-    (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2}))
+    (folder / "gpt2" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2})
+    )
     (folder / "text.txt").write_text("What is past is prologue. " * 200)
     (folder / "short.txt").write_text("Too short.")

@@ -68,7 +68,9 @@ FAMILIES: dict[str, Any] = {
     ),
     "qwen3": lambda **k: Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "head_dim": 16, **k})),
     "deepseek-v2": lambda **k: DeepseekV2ForCausalLM(DeepseekV2Config(**{**COMMON, **MLA, "q_lora_rank": None, **k})),
-    "deepseek-v2-lora": lambda **k: DeepseekV2ForCausalLM(DeepseekV2Config(**{**COMMON, **MLA, "q_lora_rank": 12, **k})),
+    "deepseek-v2-lora": lambda **k: DeepseekV2ForCausalLM(
+        DeepseekV2Config(**{**COMMON, **MLA, "q_lora_rank": 12, **k})
+    ),
 }
 
 

@@ -1,9 +1,8 @@
 """FLOPs counted from the config equal torch's counter; the specification's table comes out of the closed form."""
 
+import pytest
 import torch
 from models import ids, make
-
-import pytest
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import convert, decode, decode_flops, extend, flops, kv_bytes, make_cache, speedup_bound

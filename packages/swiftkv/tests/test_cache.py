@@ -1,12 +1,11 @@
 """What is stored: bytes to the last one, one storage a group, and errors of fewer bits within their bounds."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, ids, make
 from test_engine import close, full, ragged, shaken
-
-import pytest
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVCache, SwiftKVConfig, convert, extend, kv_bytes, make_cache
@@ -81,7 +80,9 @@ def test_fp8_saturates_and_keeps_three_bits(states, scale):
     assert ((found - wanted).abs() <= wanted.abs() / 16 + scale * 2**-10 + 1e-6).all()
 
 
-@pytest.mark.parametrize("kv_dtype, bound", [("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.05), ("fp8", 0.3), ("int4", 0.6)])
+@pytest.mark.parametrize(
+    "kv_dtype, bound", [("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.05), ("fp8", 0.3), ("int4", 0.6)]
+)
 @pytest.mark.parametrize("family", ["llama", "deepseek-v2"])
 def test_logits_with_fewer_bits(family, kv_dtype, bound):
     model = shaken(convert(make(family, initializer_range=0.1), 2, 2))

@@ -1,9 +1,8 @@
 """Conversion: what the new weights start as, what is frozen, and that the base is untouched."""
 
+import pytest
 import torch
 from models import FAMILIES, ids, make
-
-import pytest
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVConfig, convert, drop_teacher, freeze

@@ -3,13 +3,12 @@
 import copy
 import sys
 
+import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ids, make
-
-import pytest
 
 from isotone.shared.errors import InputError
 from isotone.shared.testing import kill_and_resume, run_cli

@@ -1,12 +1,11 @@
 """Skipping is exact: whatever the batch, the padding, the chunks and the cache, it is the full student's logits."""
 
+import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, ids, make
-
-import pytest
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVCache, SwiftKVConfig, convert, decode, extend, make_cache, prefill

@@ -20,7 +20,16 @@ from isotone.swiftkv.modeling import SwiftKVForCausalLM, load
 
 __version__ = "0.1.0"
 __all__ = [
-    *("Batch", "DistillConfig", "History", "Suggestion", "SwiftKVCache", "SwiftKVConfig", "SwiftKVForCausalLM", "Windows"),
+    *(
+        "Batch",
+        "DistillConfig",
+        "History",
+        "Suggestion",
+        "SwiftKVCache",
+        "SwiftKVConfig",
+        "SwiftKVForCausalLM",
+        "Windows",
+    ),
     *("convert", "decode", "decode_flops", "distill", "distillation_kl", "drop_teacher", "export_arctic", "extend"),
     *("fidelity", "flops", "freeze", "kv_bytes", "load", "make_cache", "pack", "prefill", "recall_accuracy"),
     *("recall_task", "speedup_bound", "student_logits", "suggest_l", "teacher_logits", "tiled_kl"),

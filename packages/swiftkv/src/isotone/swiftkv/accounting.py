@@ -85,7 +85,9 @@ def flops(
     counts a causal attention. Raises `InputError` on l or g that do not fit, or n < survivors.
     """
     layers = config.num_hidden_layers
-    split = SwiftKVConfig(layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size)
+    split = SwiftKVConfig(
+        layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size
+    )
     if survivors < 1 or n < survivors or batch < 1:
         raise InputError(f"expected 1 to n={n} survivors and a batch of at least 1, got {survivors} and {batch}")
     cost = layer_cost(config)
@@ -93,13 +95,19 @@ def flops(
     lower = split.num_key_value_layers * (n * cost.total + (square // 2 if causal else square))
     upper = len(split.upper) * survivors * (cost.rest + cost.attention * n)
     fill = len(split.owners) * n * cost.keys_values
-    return Flops(batch * lower, batch * fill, batch * upper, batch * survivors * 2 * config.hidden_size * config.vocab_size)
+    return Flops(
+        batch * lower, batch * fill, batch * upper, batch * survivors * 2 * config.hidden_size * config.vocab_size
+    )
 
 
-def decode_flops(config: Any, context: int, num_key_value_layers: int | None = None, key_value_group_size: int = 1) -> int:
+def decode_flops(
+    config: Any, context: int, num_key_value_layers: int | None = None, key_value_group_size: int = 1
+) -> int:
     """FLOPs of one more token with `context` tokens in the cache, the new one included."""
     layers = config.num_hidden_layers
-    split = SwiftKVConfig(layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size)
+    split = SwiftKVConfig(
+        layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size
+    )
     cost = layer_cost(config)
     kept = split.num_key_value_layers + len(split.owners)
     return (
@@ -132,7 +140,9 @@ def kv_bytes(
     if kv_dtype == "model":
         raise InputError("expected a kv_dtype with a size, such as bf16, got 'model'")
     layers = config.num_hidden_layers
-    split = SwiftKVConfig(layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size)
+    split = SwiftKVConfig(
+        layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size
+    )
     spec = CacheSpec.of(config)
     widths = (spec.key_dim, spec.value_dim)
     vector = sum(Codec(kv_dtype, width, torch.bfloat16).bytes for width in widths)

@@ -76,7 +76,14 @@ def attend(
 
 
 def _rows(
-    attention: Any, query: Tensor, cache: SwiftKVCache, layer: int, rows: slice, piece: Piece, window: int | None, up: Any
+    attention: Any,
+    query: Tensor,
+    cache: SwiftKVCache,
+    layer: int,
+    rows: slice,
+    piece: Piece,
+    window: int | None,
+    up: Any,
 ) -> Tensor:
     """Attention of rows that have the same past and the same number of new tokens."""
     length = piece.past + piece.length

@@ -67,16 +67,16 @@ class CopiedKeyValues(nn.Module):
             attention = below.self_attn
             keys, values = keys_values(attention, below.input_layernorm(hidden))
             keys, values = rotate(keys, rope).transpose(1, 2), values.transpose(1, 2)
-            hidden = below(
-                hidden, attention_mask=masks[kept - 1], position_ids=positions, position_embeddings=rope
-            )
+            hidden = below(hidden, attention_mask=masks[kept - 1], position_ids=positions, position_embeddings=rope)
         for key, projection in self.queries.items():
             layer = inner.layers[int(key)]
             attention = layer.self_attn
             swapped = projection(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
             query = rotate(swapped, rope).transpose(1, 2)
             window = window_of(model.config, int(key))
-            hidden = hidden + attention.o_proj(attention_outputs(attention, query, keys, values, masks[int(key)], window))
+            hidden = hidden + attention.o_proj(
+                attention_outputs(attention, query, keys, values, masks[int(key)], window)
+            )
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return inner.norm(hidden)
 
@@ -96,9 +96,7 @@ def train_baseline(arm: Any, data: Batches, settings: DistillConfig) -> list[flo
     """Distil a baseline with the KL of `settings`, its steps, rate and schedule; returns the losses."""
     model = arm.host[0]
     parameters = list(arm.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     head = model.lm_head.weight.detach()
     losses = []
     for step in range(settings.steps):

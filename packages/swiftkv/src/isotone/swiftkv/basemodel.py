@@ -15,7 +15,9 @@ from isotone.swiftkv.data import RECALL_VOCAB, recall_task
 from isotone.swiftkv.losses import IGNORED
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
+    "tiny": dict(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2
+    ),
     "256x16": dict(
         hidden_size=256, intermediate_size=704, num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=2
     ),

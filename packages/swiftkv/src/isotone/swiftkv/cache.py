@@ -80,8 +80,8 @@ class SwiftKVCache:
         slots: slice | int,
         rows: Int[Tensor, " t"],
         positions: Int[Tensor, " t"],
-        keys: Float[Tensor, "..."],
-        values: Float[Tensor, "..."],
+        keys: Float[Tensor, ...],
+        values: Float[Tensor, ...],
     ) -> None:
         """Put the keys and values of t tokens, (t, heads, width), or (t, slots, heads, width) for a slice of slots."""
         key_scale, value_scale = self.key_scale[slots], self.value_scale[slots]

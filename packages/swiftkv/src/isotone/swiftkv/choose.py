@@ -40,7 +40,9 @@ def suggest_l(model: Any, data: Sequence[Tensor]) -> Suggestion:
     model of a single layer.
     """
     if str(model.config.model_type) not in MODELS:
-        raise InputError(f"expected a model of type {', '.join(MODELS)}, not converted, got {model.config.model_type!r}")
+        raise InputError(
+            f"expected a model of type {', '.join(MODELS)}, not converted, got {model.config.model_type!r}"
+        )
     layers = model.config.num_hidden_layers
     if not len(data) or layers < 2:
         raise InputError(f"expected batches of token ids and 2 layers or more, got {len(data)} and {layers}")

@@ -51,7 +51,9 @@ def distill(
     loss: Annotated[str, Opt(help="kd (distillation) or lm (next token)")] = "kd",
     train: Annotated[str, Opt(help="qkv, norms or full")] = "qkv",
     gradient_checkpointing: Annotated[bool, Opt(help="less memory, more time")] = False,
-    fuse_positions_prob: Annotated[float, Opt(help="chance that a packed .jsonl row counts its positions through")] = 0.0,
+    fuse_positions_prob: Annotated[
+        float, Opt(help="chance that a packed .jsonl row counts its positions through")
+    ] = 0.0,
     checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 50,
     export: Annotated[str, Opt(help="swift or dual")] = "swift",
 ) -> dict:
@@ -289,7 +291,9 @@ def suggest(
     found = suggest_l(base, [windows(step).input_ids.to(base.device) for step in range(max(1, batches))])
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "suggestion.json").write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
-    drawing, axes = figure("Conversion without training", "l, layers that keep their keys and values", "KL, nats a token")
+    drawing, axes = figure(
+        "Conversion without training", "l, layers that keep their keys and values", "KL, nats a token"
+    )
     axes.plot(range(1, len(found.kl) + 1), found.kl, "o-")
     axes.axvline(found.num_key_value_layers, color="#D55E00", linestyle=":", label="suggested")
     axes.legend(frameon=False)
@@ -318,8 +322,13 @@ def bench(run: Run, size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "
 
 
 def _load(folder: Path, run: Run) -> Any:
+    from transformers.utils import logging
+
     from isotone.swiftkv.modeling import load
 
+    # its own bars and remarks would stand between ours
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     return load(folder, dtype="auto").to(device.resolve(run.device))
 
 
@@ -412,7 +421,9 @@ def _batches(
     ids = _tokens(text, folder, model)
     cut = len(ids) * 9 // 10
     if len(ids) - cut < context:
-        raise InputError(f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}")
+        raise InputError(
+            f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}"
+        )
     held_out = Windows(ids[cut:], context, batch, 7)
     return Windows(ids[:cut], context, batch, seed), [held_out(step).input_ids.to(model.device) for step in range(4)]
 

@@ -147,7 +147,9 @@ def _check(model: Any, split: SwiftKVConfig) -> None:
         attention, owner = layers[number].self_attn, layers[split.owner(number)].self_attn
         for name in present(attention, QUERY_MODULES + KEY_VALUE_MODULES):
             module, first = getattr(attention, name), getattr(owner, name)
-            if isinstance(first, nn.Linear) != isinstance(module, nn.Linear) or type(module).__module__.startswith("bits"):
+            if isinstance(first, nn.Linear) != isinstance(module, nn.Linear) or type(module).__module__.startswith(
+                "bits"
+            ):
                 raise InputError(f"expected plain weights, got {type(module).__name__} in layer {number}: {name}")
             if (getattr(module, "bias", None) is None) != (getattr(first, "bias", None) is None):
                 raise InputError(

@@ -73,7 +73,9 @@ class Bytes:
 
     def encode(self, text: bytes) -> Int[Tensor, " n"]:
         """Token ids of `text`. Raises `InputError` on a byte that the vocabulary lacks."""
-        ids = self._index[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()] if text else torch.empty(0).long()
+        ids = (
+            self._index[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()] if text else torch.empty(0).long()
+        )
         if len(ids) and int(ids.min()) < 0:
             raise InputError(f"expected bytes of the vocabulary, got {text[int(ids.argmin())]!r}")
         return ids
@@ -84,7 +86,10 @@ class Bytes:
 
 
 def pack(
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, fuse_positions_prob: float = 0.0, seed: int = 0
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    length: int,
+    fuse_positions_prob: float = 0.0,
+    seed: int = 0,
 ) -> list[Batch]:
     """(ids, labels) examples one after another into rows of `length` tokens, positions from 0 in each example.
 
@@ -93,7 +98,9 @@ def pack(
     Raises `InputError` on no example, an empty one, or one whose labels are not as long.
     """
     if not examples or length < 2 or not 0 <= fuse_positions_prob <= 1:
-        raise InputError(f"expected examples, rows of 2 tokens or more and a probability, got {len(examples)}, {length}")
+        raise InputError(
+            f"expected examples, rows of 2 tokens or more and a probability, got {len(examples)}, {length}"
+        )
     chance = torch.Generator().manual_seed(seed)
     rows: list[Batch] = []
     ids: list[int] = []
@@ -105,9 +112,7 @@ def pack(
         fused = bool(torch.rand((), generator=chance) < fuse_positions_prob)
         places = list(range(length)) if fused else positions + list(range(empty))
         rows.append(
-            Batch(
-                torch.tensor([ids + [0] * empty]), torch.tensor([labels + [IGNORED] * empty]), torch.tensor([places])
-            )
+            Batch(torch.tensor([ids + [0] * empty]), torch.tensor([labels + [IGNORED] * empty]), torch.tensor([places]))
         )
         ids.clear()
         labels.clear()
@@ -115,7 +120,9 @@ def pack(
 
     for number, (words, wanted) in enumerate(examples):
         if len(words) == 0 or len(words) != len(wanted):
-            raise InputError(f"expected as many labels as ids, and some, in example {number}: {len(wanted)}, {len(words)}")
+            raise InputError(
+                f"expected as many labels as ids, and some, in example {number}: {len(wanted)}, {len(words)}"
+            )
         words, wanted = words[:length], wanted[:length]
         if len(ids) + len(words) > length:
             close()

@@ -291,7 +291,9 @@ class _Distillation:
         differing = [key for key in ours if ours[key] != theirs.get(key)]
         if differing:
             pairs = ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in differing)
-            raise InputError(f"expected to resume the run in {str(folder)!r} with its own settings: {pairs}; or use --fresh")
+            raise InputError(
+                f"expected to resume the run in {str(folder)!r} with its own settings: {pairs}; or use --fresh"
+            )
         named = dict(self.model.named_parameters())
         document = self.optimizer.state_dict()
         with torch.no_grad():
@@ -312,4 +314,3 @@ class _Distillation:
     def _identity(self) -> dict[str, Any]:
         split = dataclasses.asdict(SwiftKVConfig.of(self.model.config))
         return json.loads(json.dumps({**dataclasses.asdict(self.settings), **split}))
-

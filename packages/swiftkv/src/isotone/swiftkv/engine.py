@@ -38,12 +38,21 @@ def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model",
         split = SwiftKVConfig(split.num_hidden_layers, split.num_hidden_layers)
     weight = model.lm_head.weight
     return SwiftKVCache(
-        model.config, batch, max_length, kv_dtype=kv_dtype, dtype=weight.dtype, device=weight.device, split=split, **scales
+        model.config,
+        batch,
+        max_length,
+        kv_dtype=kv_dtype,
+        dtype=weight.dtype,
+        device=weight.device,
+        split=split,
+        **scales,
     )
 
 
 def unpad(
-    input_ids: Int[Tensor, "batch n"], attention_mask: Int[Tensor, "batch n"] | None = None, vocab_size: int | None = None
+    input_ids: Int[Tensor, "batch n"],
+    attention_mask: Int[Tensor, "batch n"] | None = None,
+    vocab_size: int | None = None,
 ) -> list[Prompt]:
     """The rows of a batch without their padding, which may stand left or right.
 
@@ -62,7 +71,9 @@ def unpad(
         if attention_mask is not None:
             kept = attention_mask[number].bool().nonzero().squeeze(-1)
             if len(kept) and int(kept[-1] - kept[0]) != len(kept) - 1:
-                raise InputError(f"expected padding at the left or right end only, got a mask with holes in row {number}")
+                raise InputError(
+                    f"expected padding at the left or right end only, got a mask with holes in row {number}"
+                )
             row = row[kept]
         if len(row) == 0:
             raise InputError(f"expected at least one token in every prompt, got an empty one in row {number}")
@@ -180,9 +191,7 @@ def check_cache(model: Any, cache: SwiftKVCache) -> None:
         raise InputError("expected a model with its teacher's weights for a cache of every layer, they were dropped")
 
 
-def _check_positions(
-    position_ids: Tensor, mask: Tensor | None, prompts: list[Prompt], cache: SwiftKVCache
-) -> None:
+def _check_positions(position_ids: Tensor, mask: Tensor | None, prompts: list[Prompt], cache: SwiftKVCache) -> None:
     for row, prompt in enumerate(prompts):
         given = position_ids[row] if mask is None else position_ids[row][mask[row].bool()]
         first = cache.lengths[row]
@@ -212,9 +221,7 @@ def _chunks(lengths: list[int], chunk: int | None) -> list[list[tuple[int, int, 
     return passes
 
 
-def _pass(
-    model: Any, ids: Tensor, pieces: list[Piece], survivors: list[Piece], cache: SwiftKVCache
-) -> Tensor | None:
+def _pass(model: Any, ids: Tensor, pieces: list[Piece], survivors: list[Piece], cache: SwiftKVCache) -> Tensor | None:
     """One chunk: the lower half on all its tokens, then the upper half on the survivors, if there are any."""
     device = cache.device
     positions = [torch.arange(p.past, p.past + p.length, device=device) for p in pieces]

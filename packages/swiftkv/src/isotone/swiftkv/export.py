@@ -22,7 +22,9 @@ def student_state(model: Any) -> dict[str, Tensor]:
     """The state dict without the teacher's projections of the upper layers."""
     split = SwiftKVConfig.of(model.config)
     replaced = {
-        f"model.layers.{number}.self_attn.{name}." for number in split.upper for name in QUERY_MODULES + KEY_VALUE_MODULES
+        f"model.layers.{number}.self_attn.{name}."
+        for number in split.upper
+        for name in QUERY_MODULES + KEY_VALUE_MODULES
     }
     return {key: value for key, value in model.state_dict().items() if f"{key.rpartition('.')[0]}." not in replaced}
 
@@ -51,7 +53,9 @@ def arctic_config(model: Any) -> dict[str, Any]:
     config = model.config
     split = SwiftKVConfig.of(config)
     if config.model_type != "llama_swiftkv":
-        raise InputError(f"expected a Llama: ArcticInference loads swift models of no other family, got {config.model_type}")
+        raise InputError(
+            f"expected a Llama: ArcticInference loads swift models of no other family, got {config.model_type}"
+        )
     if split.key_value_group_size != 1:
         raise InputError(
             f"expected key_value_group_size 1: ArcticInference does not serve AcrossKV, got {split.key_value_group_size}"

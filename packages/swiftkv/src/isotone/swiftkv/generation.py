@@ -67,7 +67,9 @@ def settings_of(
     whole.update(**{key: value for key, value in rest.items() if hasattr(whole, key) and value is not None})
     mode = whole.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InputError(f"expected greedy search or sampling, got {mode.value.replace('_', ' ')}: beams are not supported")
+        raise InputError(
+            f"expected greedy search or sampling, got {mode.value.replace('_', ' ')}: beams are not supported"
+        )
     for name in ("output_hidden_states", "output_attentions", "prompt_logprobs"):
         if getattr(whole, name, None) or rest.get(name):
             raise InputError(f"expected {name}=False: the prompt's tokens do not run the upper layers; use forward")
@@ -85,6 +87,18 @@ def settings_of(
         drafter = lookup_drafter()
         own.setdefault("draft_length", lookup)
     return GenerationSettings(cache=cache, draft=drafter, **own), rest
+
+
+def left_mask(ids: Tensor, pad: int | None, config: Any) -> Tensor:
+    """The attention mask where none is given: padding tokens before a row's first other one are hidden.
+
+    transformers hides them wherever they stand, also where a prompt means the token; that would leave holes.
+    """
+    pad = config.pad_token_id if pad is None else pad
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return ((ids != pad).cumsum(-1) > 0).long()
 
 
 @torch.no_grad()
@@ -141,7 +155,9 @@ def sample(
 class _Loop:
     """The state of one call: what was sampled so far and which rows go on."""
 
-    def __init__(self, model: Any, cache: SwiftKVCache, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
+    def __init__(
+        self, model: Any, cache: SwiftKVCache, processor: Any, criteria: Any, config: Any, streamer: Any
+    ) -> None:
         self.model, self.cache, self.processor, self.criteria = model, cache, processor, criteria
         self.config, self.streamer = config, streamer
         self.scores: list[Tensor] = []

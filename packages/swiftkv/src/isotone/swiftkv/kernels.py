@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isotone.swiftkv.cache import SwiftKVCache

@@ -40,7 +40,7 @@ from isotone.swiftkv.families import (
     rotate,
     window_of,
 )
-from isotone.swiftkv.generation import GenerationSettings, sample, settings_of
+from isotone.swiftkv.generation import GenerationSettings, left_mask, sample, settings_of
 
 
 class _SwiftKVModel:
@@ -254,6 +254,11 @@ class _SwiftKVForCausalLM:
         have (hidden states, attentions), raise `InputError`.
         """
         settings, rest = settings_of(self, generation_config, kwargs)
+        ids = inputs if inputs is not None else rest.get("input_ids")
+        if rest.get("attention_mask") is None and isinstance(ids, Tensor):
+            rest["attention_mask"] = left_mask(
+                ids, rest.get("pad_token_id"), generation_config or self.generation_config
+            )
         self.__dict__["_generation_settings"] = settings
         try:
             return super().generate(inputs=inputs, generation_config=generation_config, **rest)  # type: ignore[misc]
@@ -276,7 +281,9 @@ class _SwiftKVForCausalLM:
             super().save_pretrained(save_directory, state_dict=state, **kwargs)  # type: ignore[misc]
 
 
-def layer_masks(config: Any, embeds: Tensor, attention_mask: Tensor | None, past: Any, position_ids: Tensor) -> list[Any]:
+def layer_masks(
+    config: Any, embeds: Tensor, attention_mask: Tensor | None, past: Any, position_ids: Tensor
+) -> list[Any]:
     """transformers' attention mask of each layer of a model of `config`."""
     arguments = dict(
         config=config,
@@ -299,9 +306,7 @@ def attention_outputs(
     function = _EAGER if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     extra = {} if window is None else {"sliding_window": window}
     dropout = attention.attention_dropout if attention.training else 0.0
-    output, _ = function(
-        attention, query, keys, values, mask, dropout=dropout, scaling=attention.scaling, **extra
-    )
+    output, _ = function(attention, query, keys, values, mask, dropout=dropout, scaling=attention.scaling, **extra)
     return output.flatten(2)
 
 
@@ -442,11 +447,17 @@ class SwiftKVForCausalLM:
         kept = _config_of(folder)
         kind = str(kept.model_type).removesuffix("_swiftkv")
         if kept.model_type not in {f"{name}_swiftkv" for name in MODELS}:
-            raise InputError(f"expected a swift model in {str(folder)!r}, got one of type {kept.model_type!r}; convert it")
+            raise InputError(
+                f"expected a swift model in {str(folder)!r}, got one of type {kept.model_type!r}; convert it"
+            )
         kept.swiftkv = True
+        loaded: Any = MODELS[kind]
         with reading(folder):
-            loaded: Any = MODELS[kind]
-            return loaded.from_pretrained(folder, config=kept, **kwargs).eval()
+            model, report = loaded.from_pretrained(folder, config=kept, output_loading_info=True, **kwargs)
+        if missing := sorted(report["missing_keys"]):
+            # transformers would give them random values and go on
+            raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
+        return model.eval()
 
 
 def _config_of(folder: str | Path) -> Any:

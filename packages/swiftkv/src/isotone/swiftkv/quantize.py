@@ -68,7 +68,7 @@ class Codec:
         """Bytes of one vector, scales included."""
         return sum(plane.width * plane.dtype.itemsize for plane in self.planes)
 
-    def encode(self, states: Float[Tensor, "..."], scale: Tensor | float = 1.0) -> list[Tensor]:
+    def encode(self, states: Float[Tensor, ...], scale: Tensor | float = 1.0) -> list[Tensor]:
         """The planes of `states` (..., width). `scale`: fp8's, broadcast against `states`; the others find their own.
 
         fp8 saturates at 448 times its scale. int8 is off by at most half its scale.
@@ -102,6 +102,8 @@ class Codec:
         if self.name == "int8":
             return (codes.to(torch.float32) * planes[1]).to(dtype)
         if self.name == "int4":
-            both = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(torch.float32).unflatten(-1, (-1, self.group))
+            both = (
+                torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(torch.float32).unflatten(-1, (-1, self.group))
+            )
             return (both * planes[1].float().unsqueeze(-1) + planes[2].float().unsqueeze(-1)).flatten(-2).to(dtype)
         return codes if codes.dtype == dtype else codes.to(dtype)

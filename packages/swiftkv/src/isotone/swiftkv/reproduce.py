@@ -27,8 +27,8 @@ from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.swiftkv import benchmark
 from isotone.swiftkv.accounting import flops, kv_bytes
-from isotone.swiftkv.basemodel import random_llama, shape_config, train_base, train_recall
 from isotone.swiftkv.baselines import CopiedKeyValues, EarlyExit, train_baseline
+from isotone.swiftkv.basemodel import random_llama, shape_config, train_base, train_recall
 from isotone.swiftkv.convert import convert
 from isotone.swiftkv.data import RECALL_VOCAB, Batch, Bytes, Windows, recall_task
 from isotone.swiftkv.distill import DistillConfig, distill
@@ -543,7 +543,8 @@ def _measure(
     return [
         Measurement(GAP, *over([gap(seed) for seed in texts])),
         Measurement(
-            KEPT, *over([100 * seed["l4-g1"]["after"]["16"] / max(seed["base"]["after"]["16"], 1e-9) for seed in recalls])
+            KEPT,
+            *over([100 * seed["l4-g1"]["after"]["16"] / max(seed["base"]["after"]["16"], 1e-9) for seed in recalls]),
         ),
         *exact,
         Measurement(SAVED, side["saved"]),
@@ -585,7 +586,9 @@ def _figures(
         spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
         axes.bar([p + shift for p in places], means, 0.38, yerr=spreads, capsize=3, label=label)
 
-    quality, axes = figure("Quality lost and won back", "layers kept and layers a group", "KL to the base, nats a token")
+    quality, axes = figure(
+        "Quality lost and won back", "layers kept and layers a group", "KL to the base, nats a token"
+    )
     bars(axes, [[seed[n]["before"]["kl"] for seed in texts] for n in names], "at conversion", -0.2)
     bars(axes, [[seed[n]["after"]["kl"] for seed in texts] for n in names], "distilled", 0.2)
     axes.set_xticks(places, labels)
@@ -595,7 +598,9 @@ def _figures(
     for pairs, shift in (("16", -0.2), ("24", 0.2)):
         bars(axes, [[100 * seed[n]["after"][pairs] for seed in recalls] for n in names], f"{pairs} pairs", shift)
         level = statistics.mean(100 * seed["base"]["after"][pairs] for seed in recalls)
-        axes.axhline(level, color="#0072B2" if pairs == "16" else "#D55E00", linestyle=":", label=f"base, {pairs} pairs")
+        axes.axhline(
+            level, color="#0072B2" if pairs == "16" else "#D55E00", linestyle=":", label=f"base, {pairs} pairs"
+        )
     axes.set_xticks(places, labels)
     axes.set_ylim(0, 112)
     axes.legend(frameon=False, ncols=2, loc="lower left")
