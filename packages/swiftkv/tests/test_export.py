@@ -81,7 +81,7 @@ def test_dtype_and_generation_config_are_kept(tmp_path):
 
 
 def loader_parameters(config):
-    """The parameters of ArcticInference's Llama and their shapes before fusing, from its public code (without biases)."""
+    """The parameters of ArcticInference's Llama and their shapes before fusing, by its public code (no biases)."""
     d, f, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     size = config["head_dim"]
     q, k = config["num_attention_heads"] * size, config["num_key_value_heads"] * size

@@ -20,7 +20,7 @@ from isotone.swiftkv.modeling import attention_outputs
 
 
 class EarlyExit(nn.Module):
-    """The layers from l on dropped: h_l, a d x d map (the identity at first), a norm of its own, the model's lm_head."""
+    """The layers from l on dropped: h_l, a d x d map (the identity at first), its own norm, the model's lm_head."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

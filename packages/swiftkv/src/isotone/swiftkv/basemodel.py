@@ -83,9 +83,9 @@ def train_base(
 ) -> int:
     """Train every weight by cross-entropy in place; returns the steps taken.
 
-    AdamW (0.9, 0.99), decay 0.1, clip 1, 50 steps of warm-up; then `cosine` to 5 % of `lr`, or constant. `batches(step)`:
-    ids and labels (b, n), -100 where nothing is asked. `until`: stop where the loss, averaged over some ten steps, is
-    below it. Raises `InputError` on a loss that is not finite.
+    AdamW (0.9, 0.99), decay 0.1, clip 1, 50 steps of warm-up; then `cosine` to 5 % of `lr`, or constant.
+    `batches(step)`: ids and labels (b, n), -100 where nothing is asked. `until`: stop where the loss, averaged over
+    some ten steps, is below it. Raises `InputError` on a loss that is not finite.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""Measuring a model's prefill and decoding: counted FLOPs, peak memory, time against the prompt's length, throughput."""
+"""Measuring a model's prefill and decoding: counted FLOPs, peak memory, time against prompt length, throughput."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A Hugging Face model into a swift one: new parameters, their initialisation, and what may be trained.
 
-The new parameters start as the authors' code starts them: norm_swiftkv is layer l's input_layernorm, Q' each layer's
-Q, and K', V' the mean of K, V over the layers of their group. At l = L - 1 the converted model is then exactly the base.
+The new parameters start as the authors' code starts them: norm_swiftkv is layer l's input_layernorm, Q' each
+layer's Q, and K', V' the mean of K, V over the layers of their group. At l = L - 1 the converted model is then
+exactly the base.
 """
 
 from __future__ import annotations

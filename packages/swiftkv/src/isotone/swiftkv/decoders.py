@@ -16,8 +16,8 @@ DECODE_MODES = ("eager", "compile", "cudagraph")
 
 
 class Decoder:
-    """Decodes into one static cache. `mode` "eager" looks at as many cached tokens as there are; the others at the whole
-    cache, so that every step has the same shapes and is compiled or captured once.
+    """Decodes into one static cache. `mode` "eager" looks at as many cached tokens as there are; the others at the
+    whole cache, so that every step has the same shapes and is compiled or captured once.
 
     `backend`: what `torch.compile` uses. Raises `InputError` on an unknown mode, or "cudagraph" without a GPU.
     """

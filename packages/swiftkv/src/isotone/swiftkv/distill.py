@@ -35,11 +35,11 @@ LOSSES = ("kd", "lm")
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One distillation; the defaults are those of the authors' recipe, but for `steps`, which theirs takes from its data.
+    """One distillation; the defaults are the authors' recipe's, but for `steps`, which theirs takes from its data.
 
     `lr` rises from 0 over the first `warmup_ratio` of the steps and falls to 0 linearly. `loss` "kd": temperature-T KL
     of the logits plus `hidden_loss_mult` times the MSE of hidden state `hidden_loss_layer` (of the L + 1 of them; -2
-    is the input of the last layer); "lm": cross-entropy of the next token. `train` "qkv", "norms" or "full" (convert.freeze).
+    is the input of the last layer); "lm": cross-entropy of the next token. `train` "qkv", "norms" or "full" (freeze).
     `share_lower` false runs the lower half twice, as the authors' code does: same result, for comparison.
     `compute_dtype` "bf16" runs the forward passes in autocast; trained weights stay as they are.
     """
@@ -204,8 +204,8 @@ def _loss(
         index = settings.hidden_loss_layer % states
         if not -states <= settings.hidden_loss_layer < states or index <= split.num_key_value_layers:
             raise InputError(
-                f"expected hidden_loss_layer of {states} hidden states, after the {split.num_key_value_layers + 1} that "
-                f"teacher and student share, got {settings.hidden_loss_layer}"
+                f"expected hidden_loss_layer of {states} hidden states, after the {split.num_key_value_layers + 1} "
+                f"that teacher and student share, got {settings.hidden_loss_layer}"
             )
         at = index - split.num_key_value_layers - 1
         loss = loss + settings.hidden_loss_mult * F.mse_loss(ours[at].float(), theirs[at].float())

@@ -58,7 +58,8 @@ def arctic_config(model: Any) -> dict[str, Any]:
         )
     if split.key_value_group_size != 1:
         raise InputError(
-            f"expected key_value_group_size 1: ArcticInference does not serve AcrossKV, got {split.key_value_group_size}"
+            f"expected key_value_group_size 1: ArcticInference does not serve AcrossKV, got "
+            f"{split.key_value_group_size}"
         )
     if not len(split.upper):
         raise InputError(f"expected fewer key-value layers than {split.num_hidden_layers}: there is nothing to skip")

@@ -117,7 +117,7 @@ def take(rope: Rope, index: Tensor) -> Rope:
 
 
 def expand_latent(attention: Any, key: Tensor, up: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of every head, (b, H, n, qk_head_dim) and (b, H, n, v_head_dim), of cached `key` (b, 1, n, r + p).
+    """Keys (b, H, n, qk_head_dim) and values (b, H, n, v_head_dim) of every head, of cached `key` (b, 1, n, r + p).
 
     `up` is the slot owner's kv_b_proj.
     """

@@ -243,7 +243,7 @@ class _Loop:
 
 
 def lookup_drafter(ngram: int = 3) -> Drafter:
-    """Drafts what followed the last occurrence of the row's last tokens (prompt lookup); nothing where there is none."""
+    """Drafts what followed the last occurrence of the row's last tokens (prompt lookup), if anything did."""
 
     def draft(ids: Tensor, length: int) -> Tensor:
         for size in range(min(ngram, len(ids) - 1), 0, -1):

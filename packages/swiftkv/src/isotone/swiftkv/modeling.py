@@ -1,8 +1,9 @@
 """Swift models as Hugging Face classes: teacher and student in one model, with a switch (`teacher()`).
 
 `forward` is the whole student: every token runs every layer, which is what distillation and log-likelihoods need.
-`generate` and `prefill` skip (engine.py) and give the same logits for the tokens they return. Teacher and lower half are
-transformers' own layers, called as they are, so that with the switch off a model is bit for bit the one it came from.
+`generate` and `prefill` skip (engine.py) and give the same logits for the tokens they return. Teacher and lower half
+are transformers' own layers, called as they are, so that with the switch off a model is bit for bit the one it came
+from.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ class _SwiftKVForCausalLM:
         return sample(self, input_ids, settings, **prepared)
 
     def save_pretrained(self, save_directory: Any, export: str = "dual", **kwargs: Any) -> None:
-        """Save in Hugging Face format: `export` "swift" leaves the teacher's projections out, "dual" keeps what is there.
+        """Save in Hugging Face format: `export` "swift" leaves the teacher's projections out, "dual" keeps all.
 
         Either way the saved config has the switch on, so that a loaded model is the student.
         """

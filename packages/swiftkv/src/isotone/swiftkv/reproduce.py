@@ -56,8 +56,15 @@ KEPT = Claim(
     95.0,
     "min",
 )
-BYTES = Claim("kv-bytes", "50 % SingleInputKV and 4-way AcrossKV: allocated KV bytes of the base's", f"{PAPER}, table of "
-              "configurations", "%", 62.5, 62.5, "max")  # fmt: skip
+BYTES = Claim(
+    "kv-bytes",
+    "50 % SingleInputKV and 4-way AcrossKV: allocated KV bytes of the base's",
+    f"{PAPER}, table of configurations",
+    "%",
+    62.5,
+    62.5,
+    "max",
+)
 FLOPS = Claim(
     "prefill-flops",
     "50 % SingleInputKV: counted prefill FLOPs, off the closed form",
