@@ -28,11 +28,15 @@ def test_round_trip_is_bitwise(family, export, tmp_path):
     model.swiftkv(True)
     for loaded in (SwiftKVForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert type(loaded) is type(model) and loaded.split == model.split
-        assert torch.equal(logits(loaded.eval()), logits(model))
+        ours, theirs = loaded.state_dict(), model.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        # the same weights elsewhere in memory: products of widths that fill no vector may round apart
+        torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-6, atol=5e-6)
         assert loaded.config.teacher_weights == (export == "dual")
         if export == "dual":
+            assert set(ours) == set(theirs)
             with loaded.teacher(), model.teacher():
-                assert torch.equal(logits(loaded), logits(model))
+                torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-6, atol=5e-6)
     names = set(load_file(tmp_path / "model.safetensors"))
     teacher = {n for n in names if ".3.self_attn." in n and "_swiftkv" not in n and ".o_proj." not in n}
     assert bool(teacher) == (export == "dual")

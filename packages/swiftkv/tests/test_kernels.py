@@ -40,7 +40,7 @@ def test_triton_writes_what_the_plain_path_writes():
     assert set(found) == {"model", "fp32", "bf16", "fp16", "fp8", "int8"}
     assert found["fp32"] < 1e-6 and found["model"] < 1e-6
     # the last bit of the stored type, where fp32 sums round apart
-    assert found["bf16"] < 2**-6 and found["fp16"] < 2**-9 and found["fp8"] < 0.3 and found["int8"] < 0.03
+    assert found["bf16"] < 2**-6 and found["fp16"] < 2**-9 and found["fp8"] < 0.02 and found["int8"] < 0.03
 
 
 @pytest.mark.gpu
