@@ -52,8 +52,9 @@ def shape_config(name: str, **changes: Any) -> LlamaConfig:
     """The config of a shape of `SHAPES`. Raises `InputError` on another name."""
     if name not in SHAPES:
         raise InputError(f"expected a shape of {', '.join(SHAPES)}, got {name!r}")
-    values = {"vocab_size": 1024, "max_position_embeddings": 131072, **SHAPES[name], **changes}
-    return LlamaConfig(**values, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa")
+    values: dict[str, Any] = {"vocab_size": 1024, "max_position_embeddings": 131072, **SHAPES[name], **changes}
+    values |= {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
+    return LlamaConfig(**values)
 
 
 def random_llama(

@@ -6,7 +6,7 @@ Symbols of the paper: L `num_hidden_layers`, l `num_key_value_layers`, g `key_va
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 from transformers import DeepseekV2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -73,8 +73,10 @@ class SwiftKVConfig:
 
 # The fields are those of the authors' checkpoints, but for two defaults: theirs is swiftkv=False, which silently runs
 # the teacher, and theirs has no teacher_weights (whether the replaced projections of the upper layers are there too).
+# transformers makes a dataclass of each, whose `__init__` takes more than its fields: not to be checked by its fields.
 
 
+@no_type_check
 class LlamaSwiftKVConfig(LlamaConfig):
     """Llama's config with l, g and the switch; `model_type` and keys are those of the authors' checkpoints."""
 
@@ -85,6 +87,7 @@ class LlamaSwiftKVConfig(LlamaConfig):
     teacher_weights: bool = False
 
 
+@no_type_check
 class MistralSwiftKVConfig(MistralConfig):
     """Mistral's config with l, g and the switch."""
 
@@ -95,6 +98,7 @@ class MistralSwiftKVConfig(MistralConfig):
     teacher_weights: bool = False
 
 
+@no_type_check
 class Qwen2SwiftKVConfig(Qwen2Config):
     """Qwen2's config with l, g and the switch."""
 
@@ -105,6 +109,7 @@ class Qwen2SwiftKVConfig(Qwen2Config):
     teacher_weights: bool = False
 
 
+@no_type_check
 class Qwen3SwiftKVConfig(Qwen3Config):
     """Qwen3's config with l, g and the switch."""
 
@@ -115,6 +120,7 @@ class Qwen3SwiftKVConfig(Qwen3Config):
     teacher_weights: bool = False
 
 
+@no_type_check
 class DeepseekV2SwiftKVConfig(DeepseekV2Config):
     """DeepSeek-V2's config with l, g and the switch."""
 

@@ -25,7 +25,7 @@ from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.families import SWIFT, CacheSpec, Rope, keys_values, queries, rotate, take, window_of
 
-Prompt = Int[Tensor, " n"]
+Prompt = Int[Tensor, " _"]  # any length: the prompts of one call differ
 
 
 def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model", **scales: Tensor) -> SwiftKVCache:
@@ -295,6 +295,7 @@ def _write_upper(
     projected = F.linear(states, fused.weight, fused.bias)
     slots = slice(cache.split.num_key_value_layers, cache.split.slots)
     if kernels.can_write(projected, rope, cache, fused.key_norm):
+        assert isinstance(rope, tuple)  # pragma: no cover - GPU
         kernels.rope_write(projected, rope, cache, slots, packed.rows, packed.positions)  # pragma: no cover - GPU
         return  # pragma: no cover - GPU
     keys, values = fused.split(projected, cache)

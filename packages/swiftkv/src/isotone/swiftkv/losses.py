@@ -6,6 +6,9 @@ hidden states, and made again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -80,5 +83,6 @@ def _tiles(tokens: int, vocab: int, tile_bytes: int) -> list[slice]:
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
-def _recomputed(function: object, *arguments: Tensor | None) -> Tensor:
-    return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[return-value]
+def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    made: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return made

@@ -199,6 +199,7 @@ class _SwiftKVForCausalLM:
     """What a family's language model gains: the switch, skipping prefill and decode, and `generate` on top of them."""
 
     config: Any
+    generation_config: Any
     model_class: type
 
     def __init__(self, config: Any) -> None:
@@ -286,7 +287,7 @@ def layer_masks(
     config: Any, embeds: Tensor, attention_mask: Tensor | None, past: Any, position_ids: Tensor
 ) -> list[Any]:
     """transformers' attention mask of each layer of a model of `config`."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         config=config,
         inputs_embeds=embeds,
         attention_mask=attention_mask,
@@ -305,7 +306,7 @@ def attention_outputs(
     """transformers' own attention on given (b, H, n, e), (b, K, m, e), (b, K, m, v): (b, n, H * v)."""
     name = attention.config._attn_implementation
     function = _EAGER if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-    extra = {} if window is None else {"sliding_window": window}
+    extra: dict[str, Any] = {} if window is None else {"sliding_window": window}
     dropout = attention.attention_dropout if attention.training else 0.0
     output, _ = function(attention, query, keys, values, mask, dropout=dropout, scaling=attention.scaling, **extra)
     return output.flatten(2)
@@ -383,35 +384,35 @@ class DeepseekV2SwiftKVModel(_SwiftKVModel, modeling_deepseek_v2.DeepseekV2Model
         self.attach()
 
 
-class LlamaSwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_llama.LlamaForCausalLM):
+class LlamaSwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_llama.LlamaForCausalLM):  # type: ignore[misc]
     """A Llama with SwiftKV."""
 
     config_class = configs.LlamaSwiftKVConfig
     model_class = LlamaSwiftKVModel
 
 
-class MistralSwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_mistral.MistralForCausalLM):
+class MistralSwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_mistral.MistralForCausalLM):  # type: ignore[misc]
     """A Mistral with SwiftKV."""
 
     config_class = configs.MistralSwiftKVConfig
     model_class = MistralSwiftKVModel
 
 
-class Qwen2SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_qwen2.Qwen2ForCausalLM):
+class Qwen2SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_qwen2.Qwen2ForCausalLM):  # type: ignore[misc]
     """A Qwen2 with SwiftKV."""
 
     config_class = configs.Qwen2SwiftKVConfig
     model_class = Qwen2SwiftKVModel
 
 
-class Qwen3SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_qwen3.Qwen3ForCausalLM):
+class Qwen3SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_qwen3.Qwen3ForCausalLM):  # type: ignore[misc]
     """A Qwen3 with SwiftKV."""
 
     config_class = configs.Qwen3SwiftKVConfig
     model_class = Qwen3SwiftKVModel
 
 
-class DeepseekV2SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_deepseek_v2.DeepseekV2ForCausalLM):
+class DeepseekV2SwiftKVForCausalLM(_SwiftKVForCausalLM, modeling_deepseek_v2.DeepseekV2ForCausalLM):  # type: ignore[misc]
     """A DeepSeek-V2 with SwiftKV."""
 
     config_class = configs.DeepseekV2SwiftKVConfig

@@ -9,6 +9,7 @@ paper's tables (recall keeps 95 %: GSM8K keeps 79.45 of 82.56), else 0: the orde
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +179,7 @@ class Scale:
     batch: int = 16
     base_steps: int = 500
     base_lr: float = 2e-3
-    steps: int = 300
+    steps: int = 200
     recall_steps: int = 150
     narrow_steps: int = 250
     lr: float = 1e-3
@@ -349,12 +351,15 @@ def _job(arguments: tuple[str, Scale, bytes, int, str, str, dict[str, Any]]) -> 
         # trained once a seed, only when an arm is missing that needs it; the same seed gives the same weights
         if "base" not in holder:
             holder["base"] = make(setting, corpus, seed, where)
-        import copy
-
         return copy.deepcopy(holder["base"])
 
     arms = _text_arms(setting, corpus, seed, where) if kind == "text" else _recall_arms(setting, seed, where)
-    return {name: log.arm(f"{kind}-{name}-{seed}", lambda arm=arm: arm(base())) for name, arm in arms.items()}
+    return {name: log.arm(f"{kind}-{name}-{seed}", partial(_with, arm, base)) for name, arm in arms.items()}
+
+
+def _with(arm: Any, base: Any) -> dict[str, Any]:
+    made: dict[str, Any] = arm(base())
+    return made
 
 
 def _text_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
@@ -392,8 +397,6 @@ def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str
 
     def swift(eighths: int, group: int, windows: Windows, steps: int, **options: Any) -> Any:
         def arm(base: Any) -> dict[str, Any]:
-            import copy
-
             teacher = copy.deepcopy(base)
             model = convert(base, _kept(base, eighths), group)
             theirs = student_logits(teacher)
@@ -467,9 +470,7 @@ def _engine(setting: Scale, where: str) -> dict[str, Any]:
     # torch counts a causal attention as the whole square; so does the closed form here
     closed = flops(base.config, n, layers // 2, causal=False).total
     curve = benchmark.prefill_curve(curve_base, swift, setting.lengths, rounds=setting.rounds, device=where)
-    bound = [
-        flops(base.config, point["n"]).total / flops(base.config, point["n"], layers // 2).total for point in curve
-    ]
+    bound = [flops(base.config, n).total / flops(base.config, n, layers // 2).total for n in setting.lengths]
     result: dict[str, Any] = {
         "bytes": 100 * shared / base_bytes,
         "closed_bytes": 100 * kv_bytes(base.config, n, layers // 2, 4) / kv_bytes(base.config, n),
