@@ -181,7 +181,7 @@ class Scale:
     base_lr: float = 2e-3
     steps: int = 200
     recall_steps: int = 150
-    narrow_steps: int = 250
+    narrow_steps: int = 200
     lr: float = 1e-3
     rates: tuple[float, ...] = (1e-3, 4e-3)
     narrow: int = 20_000
@@ -497,7 +497,9 @@ def _measure(
 ) -> list[Measurement]:
     """The claims; spreads are standard deviations over the seeds. At smoke nothing is told but what is exact."""
 
-    def over(values: list[float]) -> tuple[float, float | None]:
+    def over(values: list[float]) -> tuple[float | None, float | None]:
+        if not all(map(math.isfinite, values)):
+            return None, None  # nothing was lost at conversion, so that no share of it can be won back
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
     def kl(seed: dict[str, Any], arm: str) -> float:
