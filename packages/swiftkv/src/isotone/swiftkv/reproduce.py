@@ -497,11 +497,6 @@ def _measure(
 ) -> list[Measurement]:
     """The claims; spreads are standard deviations over the seeds. At smoke nothing is told but what is exact."""
 
-    def over(values: list[float]) -> tuple[float | None, float | None]:
-        if not all(map(math.isfinite, values)):
-            return None, None  # nothing was lost at conversion, so that no share of it can be won back
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
     def kl(seed: dict[str, Any], arm: str) -> float:
         return seed[arm]["after"]["kl"]
 
@@ -524,57 +519,82 @@ def _measure(
         silent = (GAP, KEPT, SAVED, SPEED, ORDER_L, ORDER_G, KD_LM, KD_ALL_LM, ALL_KD, DROPPED, COPIED, THROUGHPUT)
         return [*exact, *(Measurement(claim, None) for claim in silent)]
     last = side["curve"][-1]
-    reported = []
-    for name in ("base", *(f"l{e}-g{g}" for e, g in setting.arms)):
-        for pairs in ("16", "24"):
-            values = [100 * seed[name]["after"][pairs] for seed in recalls]
-            claim = Claim(
-                f"recall-{pairs}-{name}",
-                f"Key-value recall at {pairs} pairs: {_title(name)} (reported)",
-                "section 5 of the specification's task",
-                "%",
-                None,
-                None,
-                "min",
-            )
-            reported.append(Measurement(claim, *over(values)))
-    for e, g in setting.arms:
-        name = f"l{e}-g{g}"
-        claim = Claim(
-            f"agreement-{name}",
-            f"Top-1 agreement with the base after distillation: {_title(name)} (reported)",
-            "text, held out",
-            "%",
-            None,
-            None,
-            "min",
-        )
-        reported.append(Measurement(claim, *over([100 * seed[name]["after"]["agreement"] for seed in texts])))
+    reported = _reported(texts, recalls, setting)
     return [
-        Measurement(GAP, *over([gap(seed) for seed in texts])),
+        Measurement(GAP, *_over([gap(seed) for seed in texts])),
         Measurement(
             KEPT,
-            *over([100 * seed["l4-g1"]["after"]["16"] / max(seed["base"]["after"]["16"], 1e-9) for seed in recalls]),
+            *_over([100 * seed["l4-g1"]["after"]["16"] / max(seed["base"]["after"]["16"], 1e-9) for seed in recalls]),
         ),
         *exact,
         Measurement(SAVED, side["saved"]),
         Measurement(SPEED, last["ratio"], (last["high"] - last["low"]) / 2),
         Measurement(
             ORDER_L,
-            *over([min(kl(s, "l4-g1") - kl(s, "l6-g1"), kl(s, "l2-g1") - kl(s, "l4-g1")) for s in texts]),
+            *_over([min(kl(s, "l4-g1") - kl(s, "l6-g1"), kl(s, "l2-g1") - kl(s, "l4-g1")) for s in texts]),
         ),
         Measurement(
             ORDER_G,
-            *over([min(kl(s, "l4-g2") - kl(s, "l4-g1"), kl(s, "l4-g4") - kl(s, "l4-g2")) for s in texts]),
+            *_over([min(kl(s, "l4-g2") - kl(s, "l4-g1"), kl(s, "l4-g4") - kl(s, "l4-g2")) for s in texts]),
         ),
-        Measurement(KD_LM, *over([cross(s, "narrow-qkv-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(KD_ALL_LM, *over([cross(s, "narrow-full-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(ALL_KD, *over([cross(s, "narrow-full-kd") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(DROPPED, *over([kl(s, "dropped") - kl(s, "l4-g1") for s in texts])),
-        Measurement(COPIED, *over([kl(s, "copied") - kl(s, "l4-g1") for s in texts])),
+        Measurement(KD_LM, *_over([cross(s, "narrow-qkv-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
+        Measurement(KD_ALL_LM, *_over([cross(s, "narrow-full-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
+        Measurement(ALL_KD, *_over([cross(s, "narrow-full-kd") - cross(s, "narrow-qkv-kd") for s in texts])),
+        Measurement(DROPPED, *_over([kl(s, "dropped") - kl(s, "l4-g1") for s in texts])),
+        Measurement(COPIED, *_over([kl(s, "copied") - kl(s, "l4-g1") for s in texts])),
         Measurement(THROUGHPUT, gain),
         *reported,
     ]
+
+
+def _over(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over the seeds."""
+    if not all(map(math.isfinite, values)):
+        return None, None  # nothing was lost at conversion, so that no share of it can be won back
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _reported(texts: list[dict[str, Any]], recalls: list[dict[str, Any]], setting: Scale) -> list[Measurement]:
+    """The figures behind the claims, arm by arm, without a threshold."""
+    rows: list[Measurement] = []
+
+    def row(id: str, what: str, unit: str, source: str, values: list[float]) -> None:
+        claim = Claim(id, f"{what} (reported)", source, unit, None, None, "min")
+        rows.append(Measurement(claim, *_over(values)))
+
+    swift = [f"l{e}-g{g}" for e, g in setting.arms]
+    narrow = {
+        f"narrow-{train}-{loss}": f"{said} + {named}, narrow text"
+        for train, said in (("qkv", "Q/K/V"), ("full", "all weights"))
+        for loss, named in (("kd", "distillation"), ("lm", "LM loss"))
+    }
+    arms = {name: _title(name) for name in swift} | narrow
+    arms |= {"dropped": "upper layers dropped", "copied": "cache of the layer below"}
+    base = [seed[swift[0]]["before"]["teacher_cross_entropy"] for seed in texts]
+    row("cross-entropy-base", "Cross-entropy: the base", "nats", "text, held out", base)
+    for key, said, unit, factor in (
+        ("cross_entropy", "Cross-entropy", "nats", 1),
+        ("kl", "KL to the base", "nats", 1),
+        ("agreement", "Top-1 agreement with the base", "%", 100),
+    ):
+        for name, title in arms.items():
+            for when, then in (("before", "at conversion"), ("after", "distilled")):
+                if name in narrow and when == "before":
+                    continue  # the same converted model as l = 4/8, g = 1
+                if name in narrow:
+                    then = "trained"
+                values = [factor * seed[name][when][key] for seed in texts]
+                row(
+                    f"{key}-{name}-{when}".replace("_", "-"), f"{said}: {title}, {then}", unit, "text, held out", values
+                )
+    for pairs in ("16", "24"):
+        for name in ("base", *swift):
+            for when, then in (("before", ", at conversion"), ("after", "" if name == "base" else ", distilled")):
+                if when in recalls[0][name]:
+                    values = [100 * seed[name][when][pairs] for seed in recalls]
+                    said = f"Key-value recall at {pairs} pairs: {_title(name)}{then}"
+                    row(f"recall-{pairs}-{name}-{when}", said, "%", "generated sequences", values)
+    return rows
 
 
 def _title(name: str) -> str:
