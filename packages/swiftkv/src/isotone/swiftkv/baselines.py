@@ -1,0 +1,114 @@
+"""What one would do instead at the same prefill cost: drop the upper layers, or let them reuse the layer below's cache.
+
+Both are measured as they are and, with the same data, steps and loss as SwiftKV, distilled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isotone.swiftkv.config import SwiftKVConfig
+from isotone.swiftkv.data import Batch, Batches
+from isotone.swiftkv.distill import DistillConfig, lower_half
+from isotone.swiftkv.families import keys_values, rotate, window_of
+from isotone.swiftkv.losses import tiled_kl
+from isotone.swiftkv.modeling import attention_outputs
+
+
+class EarlyExit(nn.Module):
+    """The layers from l on dropped: h_l, a d x d map (the identity at first), its own norm, the model's lm_head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.host = [model]  # not a submodule: its weights are not this arm's
+        d = model.config.hidden_size
+        self.map = nn.Linear(d, d, bias=False, device=model.lm_head.weight.device)
+        self.weight = nn.Parameter(model.model.norm.weight.detach().clone())
+        self.eps = model.model.norm.variance_epsilon
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(d))
+
+    def final(self, batch: Batch) -> Float[Tensor, "batch n d"]:
+        """What lm_head is given."""
+        with torch.no_grad():
+            hidden = lower_half(self.host[0], batch)[0]
+        hidden = self.map(hidden)
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (b, n, V) of token ids (b, n)."""
+        return self.host[0].lm_head(self.final(Batch(ids)))
+
+
+class CopiedKeyValues(nn.Module):
+    """The layers from l on attend to the keys and values of layer l - 1 (as training-free sharing does); their queries
+    are their own, and are what is trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.host = [model]
+        layers = model.model.layers
+        self.queries = nn.ModuleDict()
+        for number in SwiftKVConfig.of(model.config).upper:
+            source = layers[number].self_attn.q_proj
+            self.queries[str(number)] = copy_linear(source)
+
+    def final(self, batch: Batch) -> Float[Tensor, "batch n d"]:
+        """What lm_head is given."""
+        model = self.host[0]
+        inner, kept = model.model, SwiftKVConfig.of(model.config).num_key_value_layers
+        with torch.no_grad():
+            hidden, masks, rope, positions = lower_half(model, batch, kept - 1)
+            below = inner.layers[kept - 1]
+            attention = below.self_attn
+            keys, values = keys_values(attention, below.input_layernorm(hidden))
+            keys, values = rotate(keys, rope).transpose(1, 2), values.transpose(1, 2)
+            hidden = below(hidden, attention_mask=masks[kept - 1], position_ids=positions, position_embeddings=rope)
+        for key, projection in self.queries.items():
+            layer = inner.layers[int(key)]
+            attention = layer.self_attn
+            swapped = projection(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+            query = rotate(swapped, rope).transpose(1, 2)
+            window = window_of(model.config, int(key))
+            hidden = hidden + attention.o_proj(
+                attention_outputs(attention, query, keys, values, masks[int(key)], window)
+            )
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return inner.norm(hidden)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (b, n, V) of token ids (b, n)."""
+        return self.host[0].lm_head(self.final(Batch(ids)))
+
+
+def copy_linear(source: Any) -> nn.Linear:
+    """A linear layer with the values of another."""
+    made = nn.Linear(source.in_features, source.out_features, source.bias is not None, device=source.weight.device)
+    made.load_state_dict(source.state_dict())
+    return made
+
+
+def train_baseline(arm: Any, data: Batches, settings: DistillConfig) -> list[float]:
+    """Distil a baseline with the KL of `settings`, its steps, rate and schedule; returns the losses."""
+    model = arm.host[0]
+    parameters = list(arm.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    head = model.lm_head.weight.detach()
+    losses = []
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * settings.rate(step)
+        batch = data(step).to(head.device)
+        with torch.no_grad(), model.teacher():
+            target = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        loss = tiled_kl(arm.final(batch).flatten(0, 1), target.flatten(0, 1), head, settings.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

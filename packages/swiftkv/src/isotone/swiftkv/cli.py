@@ -1,0 +1,455 @@
+"""`isotone swiftkv ...`: convert, distil, evaluate, generate, benchmark, flops, export, suggest, reproduce, bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from isotone.shared import device, progress
+from isotone.shared.claims import Report, figure
+from isotone.shared.cli import Run, paper_app, run_main, verb
+from isotone.shared.errors import InputError
+
+app = paper_app("swiftkv", framework="torch")
+Opt, Arg = typer.Option, typer.Argument
+Model = Annotated[Path, Arg(help="a Hugging Face model folder")]
+Text = Annotated[Path, Opt(help="a text file, or .jsonl lines of prompt and completion")]
+
+
+@verb(app)
+def convert(
+    run: Run,
+    model: Model,
+    num_key_value_layers: Annotated[int, Opt(help="l: the first layers, which keep their own keys and values")],
+    key_value_group_size: Annotated[int, Opt(help="g: layers after l that share one cache")] = 1,
+    export: Annotated[str, Opt(help="dual (teacher kept, can be distilled) or swift")] = "dual",
+) -> dict:
+    """Make a swift model of a Hugging Face model, written to OUT/model."""
+    from isotone.swiftkv.convert import convert as make
+
+    swift = make(_load(model, run), num_key_value_layers, key_value_group_size)
+    return {"model": str(_save(swift, model, run.out / "model", export)), **_facts(swift)}
+
+
+@verb(app)
+def distill(
+    run: Run,
+    model: Model,
+    text: Text,
+    steps: Annotated[int, Opt(help="steps")] = 150,
+    batch: Annotated[int, Opt(help="windows a step")] = 8,
+    context: Annotated[int, Opt(help="tokens a window")] = 128,
+    lr: Annotated[float, Opt(help="learning rate")] = 2e-4,
+    temperature: Annotated[float, Opt(help="of the distillation loss")] = 2.0,
+    hidden_loss_mult: Annotated[float, Opt(help="weight of the hidden states' squared error")] = 1.0,
+    loss: Annotated[str, Opt(help="kd (distillation) or lm (next token)")] = "kd",
+    train: Annotated[str, Opt(help="qkv, norms or full")] = "qkv",
+    gradient_checkpointing: Annotated[bool, Opt(help="less memory, more time")] = False,
+    fuse_positions_prob: Annotated[
+        float, Opt(help="chance that a packed .jsonl row counts its positions through")
+    ] = 0.0,
+    checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 50,
+    export: Annotated[str, Opt(help="swift or dual")] = "swift",
+) -> dict:
+    """Distil a swift model against the model inside it; resumes where it was killed."""
+    from isotone.swiftkv.distill import DistillConfig
+    from isotone.swiftkv.distill import distill as train_model
+
+    if checkpoint_every < 1:
+        raise InputError(f"expected --checkpoint-every to be at least 1, got {checkpoint_every}")
+    settings = DistillConfig(
+        steps=steps,
+        lr=lr,
+        temperature=temperature,
+        hidden_loss_mult=hidden_loss_mult,
+        loss=loss,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    swift = _load(model, run)
+    if not hasattr(swift, "teacher"):
+        raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
+    seed = (run.seeds or (0,))[0]
+    training, held_out = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
+    with progress.bar("distil", steps, run.silent) as bar:
+        history = train_model(
+            swift,
+            training,
+            settings,
+            folder=run.out / "checkpoints",
+            checkpoint_every=checkpoint_every,
+            resume=run.resume,
+            evaluate=_scores(held_out) if train == "qkv" else None,
+            on_step=lambda step, value: bar.advance(1, loss=round(value, 4)),
+        )
+    target = _save(swift, model, run.out / "model", export if swift.config.teacher_weights else "swift")
+    (run.out / "history.json").write_text(json.dumps(dataclasses.asdict(history), indent=1), encoding="utf-8")
+    drawing, axes = figure("Distillation", "step", "loss")
+    axes.plot(range(1, len(history.losses) + 1), history.losses)
+    axes.set_yscale("log")
+    drawing.savefig(run.out / "loss.png", dpi=120)
+    found = {f"{key} {when}": round(score[key], 4) for when, score in _ends(history.scores) for key in score}
+    return {"model": str(target), "steps": len(history.losses), "seconds": round(history.seconds, 1), **found}
+
+
+@verb(app)
+def evaluate(
+    run: Run,
+    model: Model,
+    text: Text,
+    base: Annotated[Path | None, Opt(help="the model to compare with; default: the teacher inside")] = None,
+    batches: Annotated[int, Opt(help="batches of 8 windows")] = 8,
+    context: Annotated[int, Opt(help="tokens a window")] = 128,
+) -> dict:
+    """Cross-entropy, KL to the base and top-1 agreement on a text."""
+    from isotone.swiftkv.data import Windows
+    from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
+
+    if batches < 1:
+        raise InputError(f"expected --batches to be at least 1, got {batches}")
+    swift = _load(model, run)
+    if base is not None:
+        theirs = student_logits(_load(base, run))
+    elif getattr(swift.config, "teacher_weights", False):
+        theirs = teacher_logits(swift)
+    else:
+        raise InputError("expected --base FOLDER: this model has no teacher inside")
+    windows = Windows(_tokens(text, model, swift), context, 8, 7)
+    held = [windows(step).input_ids.to(swift.device) for step in range(batches)]
+    found = fidelity(student_logits(swift), theirs, held)
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "evaluation.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return {key: round(value, 5) for key, value in found.items()}
+
+
+@verb(app)
+def generate(
+    run: Run,
+    model: Model,
+    prompt: Annotated[str | None, Opt(help="the prompt's text")] = None,
+    prompt_file: Annotated[Path | None, Opt(help="a file that holds the prompt")] = None,
+    max_new_tokens: Annotated[int, Opt(help="tokens to generate")] = 64,
+    temperature: Annotated[float, Opt(help="0 takes the likeliest token")] = 0.0,
+    kv_dtype: Annotated[str, Opt(help="model, fp32, fp16, bf16, fp8, int8 or int4")] = "model",
+    prefill_chunk: Annotated[int | None, Opt(help="prompt tokens at a time")] = None,
+    decode_mode: Annotated[str, Opt(help="eager, compile or cudagraph")] = "eager",
+    lookup: Annotated[int | None, Opt(help="draft so many tokens from the prompt and verify them at once")] = None,
+) -> dict:
+    """Go on with a prompt, whose tokens stop after layer l."""
+    from isotone.shared.seeding import seed_everything
+
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("expected one of --prompt and --prompt-file")
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise InputError(f"expected at least 1 token and a finite temperature, got {max_new_tokens} and {temperature}")
+    said = prompt if prompt is not None else prompt_file.read_text(encoding="utf-8")  # type: ignore[union-attr]
+    swift = _load(model, run)
+    if not hasattr(swift, "teacher"):
+        raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
+    ids = _encode(said, model, swift.config.vocab_size)
+    if not len(ids):
+        raise InputError("expected at least one token in the prompt, got none")
+    seed_everything((run.seeds or (0,))[0])
+    options: dict[str, Any] = {"do_sample": temperature > 0, "prompt_lookup_num_tokens": lookup}
+    if temperature > 0:
+        options["temperature"] = temperature
+    out = swift.generate(
+        ids[None].to(swift.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=swift.device),
+        max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
+        prefill_chunk=prefill_chunk,
+        decode_mode=decode_mode,
+        pad_token_id=swift.generation_config.pad_token_id or 0,
+        **{key: value for key, value in options.items() if value is not None},
+    )[0, len(ids) :]
+    found = {"prompt tokens": len(ids), "new tokens": len(out), "text": _decode(out, model)}
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "generation.json").write_text(json.dumps({**found, "ids": out.tolist()}, indent=1), encoding="utf-8")
+    return found
+
+
+@verb(app)
+def benchmark(
+    run: Run,
+    model: Model,
+    lengths: Annotated[str, Opt(help="prompt lengths")] = "256,512,1024",
+    num_key_value_layers: Annotated[int | None, Opt(help="l, for a model that is not converted; default L/2")] = None,
+) -> dict:
+    """Prefill time of a model with and without skipping against the prompt's length; a plot in OUT."""
+    from isotone.swiftkv.benchmark import prefill_curve
+    from isotone.swiftkv.convert import convert as make
+
+    try:
+        points = tuple(int(part) for part in lengths.split(","))
+    except ValueError:
+        points = ()
+    if not points or min(points) < 1:
+        raise InputError(f"expected --lengths as numbers such as 256,512, got {lengths!r}")
+    swift = _load(model, run)
+    if not hasattr(swift, "teacher"):
+        kept = num_key_value_layers or max(1, swift.config.num_hidden_layers // 2)
+        base, swift = _load(model, run), make(swift, kept, 1)
+    elif swift.config.teacher_weights:
+        # a second copy with the switch off: the two take turns
+        base = _load(model, run).swiftkv(False)
+    else:
+        raise InputError("expected a model with its teacher's weights (export dual), they were dropped")
+    where = device.resolve(run.device)
+    curve = prefill_curve(base, swift, points, device=where)
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "prefill.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
+    drawing, axes = figure("Prefill time", "prompt, tokens", "seconds")
+    axes.plot(points, [point["base_seconds"] for point in curve], "o-", label="base")
+    axes.plot(points, [point["swift_seconds"] for point in curve], "o-", label="swift")
+    axes.legend(frameon=False)
+    drawing.savefig(run.out / "prefill.png", dpi=120)
+    return {f"n = {point['n']}": f"{point['ratio']:.2f} x ({point['swift_seconds']:.4f} s)" for point in curve}
+
+
+@verb(app)
+def flops(
+    run: Run,
+    model: Annotated[Path, Arg(help="a Hugging Face model folder, or its config.json alone")],
+    n: Annotated[int, Opt(help="prompt tokens")] = 8192,
+    num_key_value_layers: Annotated[int | None, Opt(help="l; default: the model's own, or L/2")] = None,
+    key_value_group_size: Annotated[int | None, Opt(help="g; default: the model's own, or 1")] = None,
+    kv_dtype: Annotated[str, Opt(help="fp32, fp16, bf16, fp8, int8 or int4")] = "bf16",
+) -> dict:
+    """FLOPs of a prefill and bytes of the cache, with and without SwiftKV, from the config alone."""
+    from transformers import AutoConfig
+
+    from isotone.swiftkv import accounting
+    from isotone.swiftkv.modeling import reading
+
+    folder = model.parent if model.is_file() else model
+    if not (folder / "config.json").is_file():
+        raise InputError(f"expected a Hugging Face model folder with a config.json at {str(model)!r}, found none")
+    with reading(folder):
+        config = AutoConfig.from_pretrained(folder)
+    own = getattr(config, "num_key_value_layers", None)
+    kept = num_key_value_layers or own or max(1, config.num_hidden_layers // 2)
+    group = key_value_group_size or getattr(config, "key_value_group_size", None) or 1
+    whole, part = accounting.flops(config, n), accounting.flops(config, n, kept, group)
+    before = accounting.kv_bytes(config, n, kv_dtype=kv_dtype)
+    after = accounting.kv_bytes(config, n, kept, group, kv_dtype=kv_dtype)
+    found = {
+        "l, g": f"{kept} of {config.num_hidden_layers}, {group}",
+        "prefill FLOPs": f"{whole.total:.4g} -> {part.total:.4g}",
+        "speed-up bound": round(whole.total / part.total, 3),
+        "KV bytes": f"{before:,} -> {after:,}",
+        "KV bytes kept": f"{100 * after / before:g} %",
+    }
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "flops.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+@verb(app)
+def export(
+    run: Run,
+    model: Model,
+    format: Annotated[str, Opt(help="arctic (ArcticInference), swift or dual (Hugging Face)")] = "arctic",
+) -> dict:
+    """Write a swift model for another program: OUT/model."""
+    from isotone.swiftkv.export import export_arctic
+
+    if format not in ("arctic", "swift", "dual"):
+        raise InputError(f"expected --format to be arctic, swift or dual, got {format!r}")
+    swift = _load(model, run)
+    if not hasattr(swift, "teacher"):
+        raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
+    target = run.out / "model"
+    if format == "arctic":
+        export_arctic(swift, target)
+        _copy_tokenizer(model, target)
+    else:
+        _save(swift, model, target, format)
+    return {"model": str(target), "format": format}
+
+
+@verb(app)
+def suggest(
+    run: Run,
+    model: Model,
+    text: Text,
+    batches: Annotated[int, Opt(help="batches of 4 windows")] = 10,
+    context: Annotated[int, Opt(help="tokens a window")] = 128,
+) -> dict:
+    """Which l to take: similarity of the layers' inputs, and the KL of conversion without training at every l."""
+    from isotone.swiftkv.choose import suggest_l
+    from isotone.swiftkv.data import Windows
+
+    base = _load(model, run)
+    windows = Windows(_tokens(text, model, base), context, 4, 7)
+    found = suggest_l(base, [windows(step).input_ids.to(base.device) for step in range(max(1, batches))])
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "suggestion.json").write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
+    drawing, axes = figure(
+        "Conversion without training", "l, layers that keep their keys and values", "KL, nats a token"
+    )
+    axes.plot(range(1, len(found.kl) + 1), found.kl, "o-")
+    axes.axvline(found.num_key_value_layers, color="#D55E00", linestyle=":", label="suggested")
+    axes.legend(frameon=False)
+    drawing.savefig(run.out / "suggestion.png", dpi=120)
+    return {"num_key_value_layers": found.num_key_value_layers, "knee": found.knee, "layers": len(found.kl) + 1}
+
+
+@verb(app)
+def reproduce(
+    run: Run,
+    scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke",
+    text: Annotated[Path | None, Opt(help="a text file; default: tiny Shakespeare, or Python's library source")] = None,
+) -> Report:
+    """Measure the paper's claims again, on a Llama trained here."""
+    from isotone.swiftkv.reproduce import reproduce as measure
+
+    return measure(scale, run, text)
+
+
+@verb(app)
+def bench(run: Run, size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "auto") -> Report:
+    """Prefill, decoding, memory and a distillation step beside transformers and the engine without skipping."""
+    from isotone.swiftkv.bench import bench as measure
+
+    return measure(run, size)
+
+
+def _load(folder: Path, run: Run) -> Any:
+    from transformers.utils import logging
+
+    from isotone.swiftkv.modeling import load
+
+    # its own bars and remarks would stand between ours
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return load(folder, dtype="auto").to(device.resolve(run.device))
+
+
+def _save(model: Any, source: Path, target: Path, export: str) -> Path:
+    target.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(target, export=export)
+    _copy_tokenizer(source, target)
+    return target
+
+
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for pattern in _TOKENIZER:
+        for path in source.glob(pattern):
+            shutil.copy(path, target / path.name)
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    split = model.split
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "family": model.config.model_type,
+        "l, g": f"{split.num_key_value_layers} of {split.num_hidden_layers}, {split.key_value_group_size}",
+        "cache slots": f"{split.slots} of {split.num_hidden_layers}",
+        "new parameters": f"{trained:,}",
+    }
+
+
+def _ends(scores: list[dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+    return [("before", scores[0]), ("after", scores[-1])] if scores else []
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None where it has none: then a token is a byte."""
+    if not any(folder.glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
+
+    from isotone.swiftkv.modeling import reading
+
+    with reading(folder):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _encode(text: str, folder: Path, vocab: int) -> torch.Tensor:
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None:
+        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    raw = list(text.encode())
+    if raw and max(raw) >= vocab:
+        raise InputError(f"expected a tokenizer in {str(folder)!r}: its model has {vocab} tokens, too few for bytes")
+    return torch.tensor(raw, dtype=torch.long)
+
+
+def _decode(ids: torch.Tensor, folder: Path) -> str:
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None:
+        return str(tokenizer.decode(ids))
+    return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+
+def _tokens(text: Path, folder: Path, model: Any) -> torch.Tensor:
+    try:
+        said = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"expected UTF-8 text in {str(text)!r}") from None
+    return _encode(said, folder, model.config.vocab_size)
+
+
+def _batches(
+    text: Path, folder: Path, model: Any, batch: int, context: int, seed: int, fuse: float
+) -> tuple[Any, list[torch.Tensor]]:
+    """Training batches as a function of the step, and held-out ids to score on (the last tenth of the text)."""
+    from isotone.swiftkv.data import Batch, Windows, pack
+
+    if text.suffix == ".jsonl":
+        rows = pack(_examples(text, folder, model), context, fuse, seed)
+        held = rows[-max(1, len(rows) // 10) :]
+        kept = rows[: len(rows) - len(held)] or rows
+
+        def packed(step: int) -> Batch:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+            chosen = [kept[int(i)] for i in torch.randint(len(kept), (batch,), generator=generator)]
+            parts = zip(*((row.input_ids, row.labels, row.position_ids) for row in chosen), strict=True)
+            return Batch(*(torch.cat(part) for part in parts))  # type: ignore[arg-type]
+
+        return packed, [row.input_ids.to(model.device) for row in held[:8]]
+    ids = _tokens(text, folder, model)
+    cut = len(ids) * 9 // 10
+    if len(ids) - cut < context:
+        raise InputError(
+            f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}"
+        )
+    held_out = Windows(ids[cut:], context, batch, 7)
+    return Windows(ids[:cut], context, batch, seed), [held_out(step).input_ids.to(model.device) for step in range(4)]
+
+
+def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
+    examples = []
+    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            asked, answered = str(item["prompt"]), str(item["completion"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"expected prompt and completion on line {number} of {str(text)!r}") from None
+        words = _encode(asked, folder, model.config.vocab_size).tolist()
+        reply = _encode(answered, folder, model.config.vocab_size).tolist()
+        examples.append((words + reply, [-100] * len(words) + reply))
+    return examples
+
+
+def _scores(held_out: list[torch.Tensor]) -> Any:
+    from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
+
+    return lambda model: fidelity(student_logits(model), teacher_logits(model), held_out)
+
+
+def main() -> NoReturn:
+    """Entry point of `isotone-swiftkv`."""
+    run_main(app, "swiftkv")

@@ -1,0 +1,80 @@
+"""How much of the base model is left: cross-entropy, KL to the base, top-1 agreement, key-value recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from isotone.shared.errors import InputError
+from isotone.swiftkv.data import recall_task
+from isotone.swiftkv.losses import IGNORED
+
+Logits = Callable[[Tensor], Float[Tensor, "batch n vocab"]]
+
+
+def student_logits(model: Any) -> Logits:
+    """Token ids to the logits of `model` as it is switched."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
+def teacher_logits(model: Any) -> Logits:
+    """Token ids to the logits of the model that `model` was converted from."""
+
+    def logits(ids: Tensor) -> Tensor:
+        with model.teacher():
+            return model(input_ids=ids, use_cache=False).logits
+
+    return logits
+
+
+@torch.no_grad()
+def fidelity(student: Logits, teacher: Logits, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Of next-token prediction on `batches` (b, n) of ids: "cross_entropy" and "teacher_cross_entropy" (nats a token),
+    "kl" (of teacher to student, nats a token), "agreement" (share of tokens whose likeliest successor is the same).
+
+    Raises `InputError` where there are no batches, or a logit is not finite.
+    """
+    if not batches:
+        raise InputError("expected at least one batch to evaluate on, got none")
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    for ids in batches:
+        ours, theirs = student(ids)[:, :-1].float(), teacher(ids)[:, :-1].float()
+        if not bool(ours.isfinite().all()):
+            raise InputError("expected finite logits, got NaN or infinity: are the model's weights whole?")
+        wanted = ids[:, 1:].flatten()
+        log_ours, log_theirs = F.log_softmax(ours, -1), F.log_softmax(theirs, -1)
+        parts = [
+            F.nll_loss(log_ours.flatten(0, 1), wanted, reduction="sum"),
+            F.nll_loss(log_theirs.flatten(0, 1), wanted, reduction="sum"),
+            F.kl_div(log_ours, log_theirs, log_target=True, reduction="sum"),
+            (ours.argmax(-1) == theirs.argmax(-1)).sum(),
+        ]
+        sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
+        count += wanted.numel()
+    cross, base, kl, agreement = (sums / count).tolist()
+    return {"cross_entropy": cross, "teacher_cross_entropy": base, "kl": max(0.0, kl), "agreement": agreement}
+
+
+@torch.no_grad()
+def recall_accuracy(
+    logits: Logits, pairs: int, *, offset: int = 0, examples: int = 256, batch: int = 64, seed: int = 0
+) -> float:
+    """The share of key-value recall sequences of `pairs` pairs whose answer is the likeliest value.
+
+    `offset` is added to the task's ids: where its symbols begin in the model's vocabulary.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    right = total = 0
+    while total < examples:
+        ids, labels = recall_task(min(batch, examples - total), pairs, generator)
+        found = logits(ids + offset)[:, :-1].argmax(-1)
+        asked = labels[:, 1:] != IGNORED
+        right += int((found[asked] == labels[:, 1:][asked] + offset).sum())
+        total += len(ids)
+    return right / total

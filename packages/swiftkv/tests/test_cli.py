@@ -1,0 +1,178 @@
+"""The verbs end to end on a small model, and the reproduction's and bench's other scales at a tiny size."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from models import make
+
+from isotone.shared.cli import Run
+from isotone.shared.errors import InputError
+from isotone.shared.testing import run_cli
+from isotone.swiftkv import bench, convert, reproduce
+from isotone.swiftkv.benchmark import throughput
+from isotone.swiftkv.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    make(vocab_size=256, initializer_range=0.1).save_pretrained(path / "base")
+    convert(make(vocab_size=256, initializer_range=0.1), 3, 1).save_pretrained(path / "swift")
+    (path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    lines = [{"prompt": f"What is {i} and {i}? ", "completion": f"It is {2 * i}."} for i in range(40)]
+    (path / "talk.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def run(folder, *argv):
+    result = run_cli(app, [*argv, "--json"], folder)
+    assert result.code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_from_a_base_to_text(folder):
+    said = run(folder, "convert", "base", "--num-key-value-layers", "3", "--out", "a")
+    assert said["cache slots"] == "6 of 6"
+    said = run(
+        folder,
+        "distill",
+        "a/model",
+        "--text",
+        "text.txt",
+        "--steps",
+        "30",
+        "--lr",
+        "3e-3",
+        "--context",
+        "32",
+        "--out",
+        "b",
+    )
+    assert said["kl after"] < said["kl before"]
+    assert (folder / "b" / "loss.png").exists() and (folder / "b" / "history.json").exists()
+    said = run(
+        folder, "evaluate", "b/model", "--text", "text.txt", "--base", "base", "--context", "32", "--batches", "2"
+    )
+    assert 0 < said["kl"] < 1
+    greedy = run(folder, "generate", "b/model", "--prompt", "It was", "--max-new-tokens", "8")
+    assert greedy["new tokens"] == 8
+    drafted = run(
+        folder,
+        "generate",
+        "b/model",
+        "--prompt",
+        "It was",
+        "--max-new-tokens",
+        "8",
+        "--lookup",
+        "3",
+        "--kv-dtype",
+        "fp32",
+    )
+    assert drafted["text"] == greedy["text"]
+    sampled = [
+        run(folder, "generate", "b/model", "--prompt-file", "text.txt", "--temperature", "1", "--seeds", seed)["text"]
+        for seed in ("1", "1", "2")
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    run(folder, "export", "b/model", "--out", "c")
+    assert json.loads((folder / "c" / "model" / "config.json").read_text())["architectures"] == [
+        "LlamaSwiftKVForCausalLM"
+    ]
+    run(folder, "export", "b/model", "--format", "swift", "--out", "d")
+
+
+def test_conversations_are_packed_and_only_answers_count(folder):
+    said = run(
+        folder,
+        "distill",
+        "swift",
+        "--text",
+        "talk.jsonl",
+        "--steps",
+        "4",
+        "--context",
+        "48",
+        "--train",
+        "full",
+        "--out",
+        "e",
+    )
+    assert said["steps"] == 4
+    config = json.loads((folder / "e" / "model" / "config.json").read_text())
+    assert config["teacher_weights"] is False, "a trained teacher is not saved"
+
+
+def test_numbers_without_training(folder):
+    said = run(folder, "flops", "base", "--n", "1000", "--key-value-group-size", "3", "--out", "f")
+    assert said["KV bytes kept"] == f"{100 * 4 / 6:g} %"
+    assert (
+        run(folder, "suggest", "base", "--text", "text.txt", "--batches", "2", "--context", "16", "--out", "g")[
+            "layers"
+        ]
+        == 6
+    )
+    for model in ("base", "swift"):
+        said = run(folder, "benchmark", model, "--lengths", "16,32", "--out", "h")
+        assert set(said) == {"n = 16", "n = 32"} and (folder / "h" / "prefill.png").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["generate", "base", "--prompt", "a"], "convert"),
+        (["generate", "swift"], "--prompt"),
+        (["generate", "swift", "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["distill", "swift", "--text", "broken.jsonl"], "line 1"),
+        (["distill", "swift", "--text", "text.txt", "--checkpoint-every", "0"], "checkpoint-every"),
+        (["distill", "swift", "--text", "latin.txt"], "UTF-8"),
+        (["export", "base"], "convert"),
+        (["export", "swift", "--format", "gguf"], "gguf"),
+        (["evaluate", "swift", "--text", "text.txt", "--batches", "0"], "batches"),
+        (["reproduce", "--scale", "paper"], "GPU"),
+        (["bench", "--size", "gpu"], "GPU"),
+    ],
+)
+def test_refusals(folder, argv, words):
+    (folder / "broken.jsonl").write_text("{}\n")
+    (folder / "latin.txt").write_bytes("perché".encode("latin-1"))
+    result = run_cli(app, [*argv, "--device", "cpu"], folder)
+    assert result.code == 2 and words in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_throughput_at_equal_memory():
+    base, swift = make(), convert(make(), 2, 4)
+    budget = 24 * 6 * 2 * 2 * 8 * 4 * 3  # three rows of 24 tokens of the base, in fp32
+    before = throughput(base, budget, 16, 8, chunk=8)
+    after = throughput(swift, budget, 16, 8, chunk=8)
+    assert before["batch"] == 3 and after["batch"] == 6 and after["tokens_per_second"] > 0
+    assert throughput(swift, budget, 16, 8, kv_dtype="int8")["batch"] == 16
+    with pytest.raises(InputError, match="row of 24 tokens"):
+        throughput(base, 100, 16, 8)
+
+
+@pytest.mark.slow
+def test_bench_at_a_tiny_size(tmp_path):
+    report = bench.bench(Run(out=tmp_path, device="cpu"), "tiny")
+    assert {"prefill-hf", "prefill-own", "tpot-own", "cache-g4-model", "distil-step"} <= {r.id for r in report.ratios}
+    (quarter,) = (r for r in report.ratios if r.id == "cache-g4-model")
+    assert quarter.ratio == pytest.approx(1.6)
+
+
+@pytest.mark.slow
+def test_the_gpu_scale_at_a_tiny_size(tmp_path):
+    """Every arm of --scale gpu, throughput at equal memory too, with numbers that a CPU can do."""
+    tiny = {k: getattr(reproduce.SCALES["smoke"], k) for k in reproduce._SMOKE}
+    setting = dataclasses.replace(
+        reproduce.SCALES["gpu"], **tiny, shape="tiny", compute_dtype="bf16", prompt=24, output=8, memory=2_000_000
+    )
+    setting = dataclasses.replace(setting, speed_dtype="float32")
+    report = reproduce.reproduce("gpu", Run(out=tmp_path, device="cpu", quiet=True), None, setting)
+    found = {item.claim.id: item for item in report.measurements}
+    assert found["throughput"].measured > 0 and found["kv-bytes"].measured == 62.5
+    again = reproduce.reproduce("gpu", Run(out=tmp_path, device="cpu", quiet=True), None, setting)
+    assert again.seconds < report.seconds / 3, "finished arms are not run again"
+    torch.manual_seed(0)

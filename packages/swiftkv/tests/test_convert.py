@@ -1,0 +1,173 @@
+"""Conversion: what the new weights start as, what is frozen, and that the base is untouched."""
+
+import pytest
+import torch
+from models import FAMILIES, ids, make
+
+from isotone.shared.errors import InputError
+from isotone.swiftkv import SwiftKVConfig, convert, drop_teacher, freeze
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_switched_off_it_is_the_base_bit_for_bit(family):
+    base = make(family)
+    tokens = ids(2, 13)
+    wanted = logits(base, tokens)
+    model = convert(base, 2, 2)
+    with model.teacher():
+        assert torch.equal(logits(model, tokens), wanted)
+    assert not torch.equal(logits(model, tokens), wanted)
+    assert torch.equal(logits(base, tokens), wanted), "the base that was converted still runs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_kept_is_the_base_bit_for_bit(family):
+    base = make(family)
+    wanted = logits(base, ids(2, 13))
+    assert torch.equal(logits(convert(base, 6, 1), ids(2, 13)), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_last_layer_skipped_starts_as_the_base(family):
+    """The input of layer L - 1 is the true one, and norm and projections are copies."""
+    base = make(family)
+    wanted = logits(base, ids(2, 13))
+    found = logits(convert(base, 5, 1), ids(2, 13))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_only_the_last_layer_skipped_is_exact_on_a_llama():
+    base = make("llama")
+    wanted = logits(base, ids(2, 13))
+    assert torch.equal(logits(convert(base, 5, 1), ids(2, 13)), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen2", "qwen3", "deepseek-v2-lora"])
+def test_a_group_starts_as_the_mean_of_its_layers(family):
+    base = make(family)
+    model = convert(base, 2, 4)
+    attention = [layer.self_attn for layer in base.model.layers]
+    names = ["kv_a_proj_with_mqa", "kv_b_proj"] if "deepseek" in family else ["k_proj", "v_proj"]
+    for name in names:
+        mean = sum(getattr(attention[j], name).weight for j in range(2, 6)) / 4
+        torch.testing.assert_close(getattr(attention[2], name + "_swiftkv").weight, mean)
+        if getattr(attention[2], name).bias is not None:
+            mean = sum(getattr(attention[j], name).bias for j in range(2, 6)) / 4
+            torch.testing.assert_close(getattr(attention[2], name + "_swiftkv").bias, mean)
+        assert not hasattr(attention[3], name + "_swiftkv"), "the other layers of the group reuse them"
+    for j in range(2, 6):
+        query = "q_b_proj" if "deepseek" in family else "q_proj"
+        assert torch.equal(getattr(attention[j], query + "_swiftkv").weight, getattr(attention[j], query).weight)
+    assert torch.equal(model.model.norm_swiftkv.weight, base.model.layers[2].input_layernorm.weight)
+
+
+def test_with_equal_teachers_groups_start_alike():
+    base = make()
+    for layer in base.model.layers[3:]:
+        for name in ("k_proj", "v_proj"):
+            getattr(layer.self_attn, name).load_state_dict(getattr(base.model.layers[2].self_attn, name).state_dict())
+    single = logits(convert(base, 2, 1), ids(2, 9))
+    torch.testing.assert_close(logits(convert(base, 2, 4), ids(2, 9)), single, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_trained():
+    model = convert(make(), 2, 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "swiftkv" in name}
+    d, heads, kept = 32, 32, 16
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * d * heads + 2 * 2 * d * kept + d
+    full = {name for name, p in model.named_parameters() if any(p is q for q in freeze(model, "full"))}
+    assert "model.layers.2.mlp.up_proj.weight" in full and "model.layers.2.self_attn.o_proj.weight" in full
+    assert not any("model.layers.1." in name or name.endswith("self_attn.q_proj.weight") for name in full)
+    norms = {name for name, p in model.named_parameters() if any(p is q for q in freeze(model, "norms"))}
+    assert norms - trained == {
+        f"model.layers.{j}.{n}.weight" for j in range(2, 6) for n in ("input_layernorm", "post_attention_layernorm")
+    }
+    with pytest.raises(InputError, match="heads"):
+        freeze(model, "heads")
+
+
+def test_dropping_the_teacher_keeps_the_student():
+    for family in ("llama", "qwen3", "deepseek-v2"):
+        model = convert(make(family), 2, 2)
+        wanted = logits(model, ids(1, 9))
+        size = sum(p.numel() for p in model.parameters())
+        drop_teacher(model)
+        assert torch.equal(logits(model, ids(1, 9)), wanted)
+        assert sum(p.numel() for p in model.parameters()) < size
+        with pytest.raises(InputError, match="teacher"):
+            model.swiftkv(False)
+
+
+def test_half_precision_means_are_taken_in_single():
+    base = make().to(torch.bfloat16)
+    model = convert(base, 2, 4)
+    mean = torch.stack([base.model.layers[j].self_attn.k_proj.weight.float() for j in range(2, 6)]).mean(0)
+    assert torch.equal(model.model.layers[2].self_attn.k_proj_swiftkv.weight, mean.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [((0, 1), "from 1 to"), ((7, 1), "got 7"), ((2, 3), "divide"), ((2, 0), "got 0")],
+)
+def test_splits_that_do_not_fit(arguments, words):
+    with pytest.raises(InputError, match=words):
+        convert(make(), *arguments)
+
+
+def test_models_that_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(InputError, match="gpt2"):
+        convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)), 1)
+    with pytest.raises(InputError, match="not converted"):
+        convert(convert(make(), 2), 2)
+    with pytest.raises(InputError, match="lm_head"):
+        convert(make().model, 2)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(InputError, match="dynamic"):
+        convert(make("llama", rope_parameters=dynamic), 2)
+    mixed = make("llama")
+    mixed.model.layers[3].self_attn.k_proj = torch.nn.Linear(32, 16, bias=True)
+    with pytest.raises(InputError, match="bias"):
+        convert(mixed, 2, 2)
+    broken = make("llama")
+    broken.model.layers[4].self_attn.v_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        convert(broken, 2)
+
+
+def test_slots():
+    split = SwiftKVConfig(8, 4, 2)
+    assert split.slots == 6 and [split.slot(j) for j in range(8)] == [0, 1, 2, 3, 4, 4, 5, 5]
+    assert [split.owner(j) for j in range(8)] == [0, 1, 2, 3, 4, 4, 6, 6]
+
+
+def test_forward_refusals():
+    model = convert(make(), 2)
+    with pytest.raises(InputError, match="output_attentions"):
+        model(input_ids=ids(1, 3), output_attentions=True)
+    with pytest.raises(InputError, match="SwiftKVCache"):
+        model(input_ids=ids(1, 3), past_key_values=model.make_cache(1, 3))
+    with pytest.raises(InputError, match="exactly one"):
+        model.model()
+
+
+def test_hidden_states_and_padding_are_the_student_s():
+    model = convert(make(), 2, 2)
+    tokens = ids(1, 9)
+    with torch.no_grad():
+        out = model(input_ids=tokens, output_hidden_states=True)
+        padded = model(
+            input_ids=torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1),
+            attention_mask=torch.tensor([[0] * 3 + [1] * 9]),
+            position_ids=torch.tensor([[0] * 3 + list(range(9))]),
+        ).logits
+    assert len(out.hidden_states) == 7
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    torch.testing.assert_close(padded[:, 3:], out.logits, rtol=1e-4, atol=1e-5)

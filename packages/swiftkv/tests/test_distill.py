@@ -1,0 +1,229 @@
+"""Losses against loops, gradients where they belong, and a killed run that ends as the uninterrupted one."""
+
+import copy
+import sys
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ids, make
+
+from isotone.shared.errors import InputError
+from isotone.shared.testing import kill_and_resume, run_cli
+from isotone.swiftkv import Batch, DistillConfig, Windows, convert, distill, distillation_kl, drop_teacher, tiled_kl
+from isotone.swiftkv.cli import app
+from isotone.swiftkv.distill import step_loss
+from isotone.swiftkv.losses import tiled_cross_entropy
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.floats(0.5, 8.0), st.integers(1, 12))
+def test_kl_equals_the_loops(seed, temperature, tokens):
+    student, teacher = normal(tokens, 9, seed=seed), normal(tokens, 9, seed=seed + 1)
+    mask = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    found = float(distillation_kl(student, teacher, temperature, mask))
+    assert found == pytest.approx(reference.kl(student, teacher, temperature, mask), rel=1e-4, abs=1e-6)
+    assert found >= -1e-7
+
+
+def test_kl_is_zero_where_equal_and_finite_where_the_teacher_is_certain():
+    logits = normal(5, 9)
+    assert abs(float(distillation_kl(logits, logits))) < 1e-7
+    certain = torch.zeros(5, 9, dtype=torch.float16)
+    certain[:, 3] = 60000.0
+    assert torch.isfinite(distillation_kl(logits.half(), certain, 1.0))
+
+
+def test_gradient_hardly_depends_on_the_temperature():
+    sizes = []
+    for temperature in (4.0, 8.0, 16.0):
+        student = (0.1 * normal(64, 50)).requires_grad_()
+        distillation_kl(student, 0.1 * normal(64, 50, seed=1), temperature).backward()
+        sizes.append(float(student.grad.norm()))
+    assert max(sizes) / min(sizes) < 1.05
+
+
+@pytest.mark.parametrize("tile", [4 * 11, 4 * 11 * 3, 4 * 11 * 7, 2**30])
+def test_tiles_change_nothing(tile):
+    """7 tokens and a vocabulary of 11: tiles of 1, of 3 with a short last one, of 7, and one."""
+    teacher, head = normal(7, 6, seed=1), normal(11, 6, seed=2)
+    mask = torch.tensor([1, 1, 1, 0, 0, 0, 1]).bool()  # the second tile of 3 is masked whole
+    states, whole = (normal(7, 6).requires_grad_() for _ in range(2))
+    tiled = tiled_kl(states, teacher, head, 2.0, mask, tile)
+    plain = distillation_kl(whole @ head.T, teacher @ head.T, 2.0, mask)
+    tiled.backward()
+    plain.backward()
+    assert float(tiled) == pytest.approx(float(plain), rel=1e-6)
+    torch.testing.assert_close(states.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    labels = torch.tensor([1, 2, -100, -100, -100, -100, 10])
+    tiled = tiled_cross_entropy(states, head, labels, tile)
+    wanted = torch.nn.functional.cross_entropy(states @ head.T, labels)
+    assert float(tiled) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def batch(seed=5):
+    return Batch(ids(2, 14, seed))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek-v2", "mistral-window"])
+def test_only_the_new_weights_change_and_the_teacher_stays(family):
+    model = convert(make(family), 2, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad(), model.teacher():
+        wanted = model(input_ids=ids(1, 9)).logits
+    distill(model, lambda step: batch(step), steps=4, lr=1e-2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("swiftkv" in name), name
+    with torch.no_grad(), model.teacher():
+        assert torch.equal(model(input_ids=ids(1, 9)).logits, wanted)
+
+
+def test_loss_is_the_paper_s_of_two_full_forwards():
+    model = convert(make(), 2, 2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "swiftkv" in name:
+                p.add_(0.1)
+    labels = ids(2, 14).clone()
+    labels[0, :6] = -100
+    given_batch = Batch(ids(2, 14), labels)
+    with torch.no_grad():
+        student = model(input_ids=given_batch.input_ids, output_hidden_states=True)
+        with model.teacher():
+            teacher = model(input_ids=given_batch.input_ids, output_hidden_states=True)
+    kl = distillation_kl(student.logits.flatten(0, 1), teacher.logits.flatten(0, 1), 2.0, (labels != -100).flatten())
+    wanted = kl + torch.nn.functional.mse_loss(student.hidden_states[-2], teacher.hidden_states[-2])
+    for options in ({}, {"share_lower": False}, {"gradient_checkpointing": True}, {"tile_bytes": 400}):
+        assert float(step_loss(model, given_batch, DistillConfig(**options))) == pytest.approx(float(wanted), rel=1e-5)
+    logits = student.logits[:, :-1].flatten(0, 1)
+    cross = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    assert float(step_loss(model, given_batch, DistillConfig(loss="lm"))) == pytest.approx(float(cross), rel=1e-5)
+
+
+def test_sharing_the_lower_half_and_checkpoints_change_no_gradient():
+    gradients = []
+    for options in ({}, {"share_lower": False}, {"gradient_checkpointing": True}):
+        model = convert(make(), 2, 2)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(step_loss(model, batch(), DistillConfig(**options)), parameters))
+    for other in gradients[1:]:
+        for ours, theirs in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_compute_is_near():
+    model = convert(make(initializer_range=0.1), 2, 1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "swiftkv" in name:
+                p.add_(0.1)
+    plain = float(step_loss(model, batch(), DistillConfig()))
+    assert float(step_loss(model, batch(), DistillConfig(compute_dtype="bf16"))) == pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.parametrize("train", ["qkv", "norms", "full"])
+def test_distillation_lowers_the_loss(train):
+    model = convert(make(initializer_range=0.1), 2, 4)
+    data = [batch(seed) for seed in range(3)]
+    history = distill(model, lambda step: data[step % 3], steps=60, lr=5e-3, train=train)
+    assert sum(history.losses[-3:]) < 0.7 * sum(history.losses[:3])
+    assert model.config.teacher_weights == (train == "qkv"), "a trained teacher is dropped"
+
+
+def test_training_all_is_against_the_base_as_it_was():
+    """The teacher of train=full is a copy: its first loss is that of qkv, though its MLPs are trained after."""
+    losses = {}
+    for train in ("qkv", "full"):
+        model = convert(make(initializer_range=0.1), 2, 2)
+        base = copy.deepcopy(make(initializer_range=0.1))
+        losses[train] = distill(model, lambda step: batch(), steps=30, lr=1e-2, train=train).losses
+        with torch.no_grad():
+            wanted = base(input_ids=batch().input_ids).logits.log_softmax(-1)
+            ours = model(input_ids=batch().input_ids).logits.log_softmax(-1)
+        kl = float(torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="sum") / 28)
+        assert kl < losses[train][0], train
+    assert losses["full"][0] == pytest.approx(losses["qkv"][0])
+
+
+def test_schedule():
+    config = DistillConfig(steps=100)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[0] == 0 and rates[5] == 1.0 and rates[4] == pytest.approx(0.8)
+    assert rates[99] == pytest.approx(1 / 95) and sorted(rates[5:], reverse=True) == rates[5:]
+
+
+@pytest.mark.parametrize("train", ["qkv", "full"])
+def test_a_resumed_run_is_bit_identical(train, tmp_path):
+    def run(folder, steps_before=None):
+        model = convert(make(), 2, 2)
+        config = DistillConfig(steps=8, lr=1e-2, train=train, evaluate_every=4)
+        data = Windows(ids(1, 300)[0], 12, 2)
+
+        def stop(step, loss):
+            if step == steps_before:
+                raise KeyboardInterrupt
+
+        history = distill(model, data, config, folder=folder, checkpoint_every=2, on_step=stop)
+        return model, history
+
+    straight, wanted = run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", steps_before=5)
+    resumed, found = run(tmp_path / "killed")
+    assert found.losses == wanted.losses
+    for ours, theirs in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(InputError, match="its own settings"):
+        distill(convert(make(), 2, 1), lambda step: batch(), steps=8, folder=tmp_path / "killed")
+
+
+def test_a_killed_command_resumes_to_the_same_weights(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
+    torch.manual_seed(0)
+    convert(make(vocab_size=256), 2, 2).save_pretrained(tmp_path / "swift")
+    arguments = ["distill", "swift", "--text", "text.txt", "--quiet", "--steps", "150", "--context", "16"]
+    arguments += ["--batch", "2", "--checkpoint-every", "10", "--out"]
+    assert run_cli(app, [*arguments, "straight"], tmp_path).code == 0
+    store = tmp_path / "killed" / "checkpoints"
+    command = [sys.executable, "-m", "isotone.swiftkv", *arguments, "killed"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are the same at the same number
+    done = kill_and_resume(
+        command, cwd=tmp_path, ready=lambda: any(store.glob("step-*")), seed=0, delay=0.2, env=threads
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "config.json"):
+        ours, theirs = (tmp_path / folder / "model" / name for folder in ("killed", "straight"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"loss": "mse"}, "mse"),
+        ({"train": "heads"}, "heads"),
+        ({"steps": 0}, "steps"),
+        ({"lr": float("nan")}, "nan"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"hidden_loss_mult": -1.0}, "hidden_loss_mult"),
+        ({"compute_dtype": "fp8"}, "fp8"),
+        ({"hidden_loss_layer": 1}, "hidden_loss_layer"),
+        ({"hidden_loss_layer": 9}, "hidden_loss_layer"),
+        ({"lr": 1e9, "clip": 1e9, "steps": 20}, "finite loss"),
+    ],
+)
+def test_refusals(options, words):
+    with pytest.raises(InputError, match=words):
+        distill(convert(make(), 2), lambda step: batch(), **{"steps": 2, **options})
+
+
+def test_models_without_a_teacher_or_anything_to_train():
+    with pytest.raises(InputError, match="teacher"):
+        distill(drop_teacher(convert(make(), 2)), lambda step: batch(), steps=1)
+    with pytest.raises(InputError, match="nothing to distil"):
+        distill(convert(make(), 6), lambda step: batch(), steps=1)

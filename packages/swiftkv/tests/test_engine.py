@@ -1,0 +1,256 @@
+"""Skipping is exact: whatever the batch, the padding, the chunks and the cache, it is the full student's logits."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, ids, make
+
+from isotone.shared.errors import InputError
+from isotone.swiftkv import SwiftKVCache, SwiftKVConfig, convert, decode, extend, make_cache, prefill
+from isotone.swiftkv.decoders import Decoder
+
+SPLITS = [(5, 1), (2, 1), (2, 2), (2, 4), (6, 1), (1, 5)]
+
+
+def shaken(model, seed=3):
+    """The new weights moved away from their initialisation, so that nothing holds by being a copy."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "swiftkv" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def full(model, rows):
+    """The full student's logits of each row's last token, one row at a time."""
+    with torch.no_grad():
+        return torch.stack([model(input_ids=row[None], use_cache=False).logits[0, -1] for row in rows])
+
+
+def close(ours, theirs, tolerance=2e-5):
+    assert (ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max()))
+
+
+def ragged(lengths, seed=1):
+    return [ids(1, n, seed + i)[0] for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_student_and_engine_equal_the_equations(split):
+    model = shaken(convert(make("llama-bias", tie_word_embeddings=False), *split)).double()
+    row = ids(1, 11)[0]
+    wanted = reference.swiftkv_forward(model, row, *split)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=row[None]).logits[0], wanted, rtol=1e-5, atol=1e-5)
+    found = extend(model, [row], make_cache(model, 1, 11), keep=11)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", [(2, 1), (2, 4), (3, 3), (5, 1)])
+def test_ragged_prefill_and_decode_equal_the_full_student(family, split):
+    model = shaken(convert(make(family), *split))
+    rows = ragged([9, 1, 23])
+    cache = make_cache(model, 3, 30)
+    close(extend(model, rows, cache), full(model, rows))
+    assert cache.lengths == [9, 1, 23]
+    for step in range(3):  # decode with the cache is the student on the concatenation, step by step
+        tokens = ids(3, 1, 50 + step)[:, 0]
+        found = decode(model, tokens, cache)
+        rows = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens, strict=True)]
+        close(found, full(model, rows))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "deepseek-v2"])
+@settings(deadline=None, max_examples=8)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    chunk=st.integers(1, 30),
+    more=st.integers(1, 6),
+    split=st.sampled_from([(2, 1), (2, 2), (3, 3)]),
+)
+def test_any_chunks_and_any_continuation(family, lengths, chunk, more, split):
+    model = shaken(convert(make(family), *split))
+    rows = ragged(lengths)
+    cache = make_cache(model, len(rows), 24)
+    close(extend(model, rows, cache, chunk=chunk), full(model, rows))
+    tails = ragged([more] * len(rows), seed=90)
+    found = extend(model, tails, cache, chunk=chunk)
+    close(found, full(model, [torch.cat(pair) for pair in zip(rows, tails, strict=True)]))
+
+
+def test_left_and_right_padding():
+    model = shaken(convert(make(), 2, 2))
+    rows = ragged([4, 10, 7])
+    left, right = torch.zeros(3, 10, dtype=torch.long), torch.zeros(3, 10, dtype=torch.long)
+    left_mask, right_mask = torch.zeros_like(left), torch.zeros_like(left)
+    for i, row in enumerate(rows):
+        left[i, 10 - len(row) :], right[i, : len(row)] = row, row
+        left_mask[i, 10 - len(row) :], right_mask[i, : len(row)] = 1, 1
+    for padded, mask in ((left, left_mask), (right, right_mask)):
+        cache = make_cache(model, 3, 12)
+        close(prefill(model, padded, cache, attention_mask=mask), full(model, rows))
+
+
+def test_prompts_decoding_rows_and_drafts_in_one_pass():
+    model = shaken(convert(make(), 2, 1))
+    rows = ragged([6, 9])
+    cache = make_cache(model, 3, 20)
+    extend(model, rows, cache, rows=[0, 1])
+    draft, new = ids(1, 4, 77)[0], ids(1, 8, 78)[0]
+    found = extend(model, [ids(1, 1, 79)[0], draft, new], cache, rows=[0, 1, 2], keep=[1, 4, 1])
+    assert found.shape[0] == 6
+    whole = [torch.cat([rows[0], ids(1, 1, 79)[0]]), torch.cat([rows[1], draft]), new]
+    with torch.no_grad():
+        draft_logits = model(input_ids=whole[1][None]).logits[0, -4:]
+    close(found[0], full(model, [whole[0]])[0])
+    close(found[1:5], draft_logits)
+    close(found[5], full(model, [whole[2]])[0])
+
+
+def test_a_chunk_that_ends_no_prompt_runs_no_upper_layer():
+    model = convert(make(), 2, 1)
+    seen = []
+    hook = model.model.layers[4].mlp.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[0]))
+    extend(model, ragged([12, 8]), make_cache(model, 2, 20), chunk=5)
+    hook.remove()
+    assert seen == [1, 1], "two chunks end a prompt, and one token of each goes on"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek-v2"])
+def test_causality_and_single_input(family):
+    """Changing token t changes no logits before t; the upper keys of token t depend on h_l of t alone."""
+    model = shaken(convert(make(family), 2, 1))
+    row = ids(1, 12)[0]
+    other = row.clone()
+    other[7] = (other[7] + 1) % 97
+    with torch.no_grad():
+        before, after = model(input_ids=row[None]).logits[0], model(input_ids=other[None]).logits[0]
+    # an expert is given another number of tokens, so that its product may be summed in another order
+    close(after[:7], before[:7], 0.0 if family != "deepseek-v2" else 1e-5)
+    assert not torch.allclose(before[7:], after[7:])
+    caches = [make_cache(model, 1, 12) for _ in range(2)]
+    for cache, tokens in zip(caches, (row, other), strict=True):
+        extend(model, [tokens], cache)
+    for layer in range(6):
+        same = torch.isclose(caches[0].key_storage(layer), caches[1].key_storage(layer), atol=1e-6).all(-1).all(1)[0]
+        assert same[:7].all() and not same[7:].all()
+
+
+def test_rope_is_relative():
+    """All positions moved by the same offset leave the logits (float64, so that the angles' rounding is small)."""
+    model = shaken(convert(make(initializer_range=0.1), 2, 2)).double()
+    row = ids(1, 9)[0]
+    at_0, at_50 = (reference.swiftkv_forward(model, row, 2, 2, first) for first in (0, 50))
+    torch.testing.assert_close(at_0, at_50, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        moved = model(input_ids=row[None], position_ids=torch.arange(50, 59)[None]).logits[0]
+    torch.testing.assert_close(moved, at_0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "deepseek-v2"])
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+def test_compiled_decode_is_one_graph_and_equal(family, kv_dtype):
+    model = shaken(convert(make(family), 2, 2))
+    rows = ragged([5, 8])
+    eager, static = (make_cache(model, 2, 12, kv_dtype) for _ in range(2))
+    extend(model, rows, eager)
+    extend(model, rows, static)
+    torch._dynamo.reset()
+    decoder = Decoder(model, static, "compile", backend="eager")  # fullgraph: a break would raise
+    for step in range(3):
+        tokens = ids(2, 1, 30 + step)[:, 0]
+        close(decoder(tokens), decode(model, tokens, eager))
+
+
+@pytest.mark.slow
+def test_inductor_decode_is_equal():
+    model = shaken(convert(make(), 2, 2))
+    rows = ragged([5, 8])
+    eager, static = make_cache(model, 2, 12), make_cache(model, 2, 12)
+    extend(model, rows, eager)
+    extend(model, rows, static)
+    decoder = Decoder(model, static, "compile")
+    for step in range(2):
+        tokens = ids(2, 1, 30 + step)[:, 0]
+        close(decoder(tokens), decode(model, tokens, eager), 1e-4)
+
+
+def test_fused_projection_follows_the_weights():
+    model = convert(make(), 2, 1)
+    rows = ragged([6])
+    extend(model, rows, make_cache(model, 1, 6))
+    shaken(model)
+    close(extend(model, rows, make_cache(model, 1, 6)), full(model, rows))
+
+
+def test_engine_runs_the_teacher_and_unconverted_models():
+    base = make()
+    rows = ragged([6, 11])
+    wanted = full(base, rows)
+    close(extend(base, rows, make_cache(base, 2, 11)), wanted)
+    model = shaken(convert(base, 2, 2))
+    with model.teacher():
+        cache = make_cache(model, 2, 11)
+        assert cache.split.slots == 6
+        close(extend(model, rows, cache), wanted)
+
+
+def test_transformers_cache_holds_a_group_once():
+    model = shaken(convert(make(), 2, 2))
+    row = ids(1, 10)
+    with torch.no_grad():
+        first = model(input_ids=row[:, :6], use_cache=True)
+        second = model(input_ids=row[:, 6:], past_key_values=first.past_key_values, use_cache=True)
+        whole = model(input_ids=row).logits
+    assert len(first.past_key_values.layers) == 4
+    close(second.logits[0], whole[0, 6:])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m, c: prefill(m, torch.zeros(2, 0, dtype=torch.long), c), "empty"),
+        (lambda m, c: prefill(m, ids(1, 4), c), "2 rows"),
+        (lambda m, c: prefill(m, ids(2, 4) + 97, c), "0 to 96"),
+        (lambda m, c: prefill(m, ids(2, 4), c, attention_mask=torch.tensor([[1, 0, 1, 1]] * 2)), "holes"),
+        (lambda m, c: prefill(m, ids(2, 4), c, attention_mask=torch.ones(2, 3)), "attention_mask"),
+        (lambda m, c: prefill(m, ids(2, 4), c, position_ids=torch.tensor([[0, 1, 2, 4]] * 2)), "position_ids"),
+        (lambda m, c: prefill(m, ids(2, 4), c, chunk=0), "prefill_chunk"),
+        (lambda m, c: prefill(m, ids(2, 40), c), "at most 8"),
+        (lambda m, c: extend(m, ragged([3, 3]), c, keep=4), "surviving"),
+        (lambda m, c: prefill(m, ids(2, 4), make_cache(convert(make(), 2, 2), 2, 8)), "expected a cache for"),
+        (lambda m, c: make_cache(m, 0, 8), "at least 1 row"),
+        (lambda m, c: make_cache(m, 1, 8, "int3"), "int3"),
+        (lambda m, c: make_cache(m, 1, 8, "fp8", key_scale=torch.zeros(6)), "above 0"),
+        (lambda m, c: Decoder(m, c, "quick"), "quick"),
+        (lambda m, c: c.crop(0, 3), "0 to 0"),
+    ],
+)
+def test_refusals(call, words):
+    model = convert(make(), 2, 1)
+    with pytest.raises(InputError, match=words):
+        call(model, make_cache(model, 2, 8))
+
+
+def test_wrong_positions_are_found_after_a_past():
+    model = convert(make(), 2, 1)
+    cache = make_cache(model, 1, 8)
+    prefill(model, ids(1, 3), cache)
+    prefill(model, ids(1, 2), cache, position_ids=torch.tensor([[3, 4]]))
+    with pytest.raises(InputError, match="from 5"):
+        prefill(model, ids(1, 2), cache, position_ids=torch.tensor([[0, 1]]))
+
+
+def test_a_teacher_s_cache_needs_the_teacher():
+    from isotone.swiftkv import drop_teacher
+
+    model = drop_teacher(convert(make(), 2, 1))
+    cache = SwiftKVCache(model.config, 1, 8, split=SwiftKVConfig(6, 6))
+    with pytest.raises(InputError, match="teacher"):
+        extend(model, ragged([3]), cache)
+    with pytest.raises(InputError, match="teacher"), model.teacher():
+        pass
