@@ -1,8 +1,15 @@
 """Skipping is exact: whatever the batch, the padding, the chunks and the cache, it is the full student's logits."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import compiled
 import pytest
 import reference
 import torch
+from compiled import shaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, ids, make
@@ -12,16 +19,6 @@ from isotone.swiftkv import SwiftKVCache, SwiftKVConfig, convert, decode, extend
 from isotone.swiftkv.decoders import Decoder
 
 SPLITS = [(5, 1), (2, 1), (2, 2), (2, 4), (6, 1), (1, 5)]
-
-
-def shaken(model, seed=3):
-    """The new weights moved away from their initialisation, so that nothing holds by being a copy."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "swiftkv" in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def full(model, rows):
@@ -65,10 +62,10 @@ def test_ragged_prefill_and_decode_equal_the_full_student(family, split):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "deepseek-v2"])
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(
-    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
-    chunk=st.integers(1, 30),
+    lengths=st.lists(st.integers(1, 10), min_size=1, max_size=3),
+    chunk=st.integers(2, 20),
     more=st.integers(1, 6),
     split=st.sampled_from([(2, 1), (2, 2), (3, 3)]),
 )
@@ -151,32 +148,21 @@ def test_rope_is_relative():
     torch.testing.assert_close(moved, at_0, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "deepseek-v2"])
-@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
-def test_compiled_decode_is_one_graph_and_equal(family, kv_dtype):
-    model = shaken(convert(make(family), 2, 2))
-    rows = ragged([5, 8])
-    eager, static = (make_cache(model, 2, 12, kv_dtype) for _ in range(2))
-    extend(model, rows, eager)
-    extend(model, rows, static)
-    torch._dynamo.reset()
-    decoder = Decoder(model, static, "compile", backend="eager")  # fullgraph: a break would raise
-    for step in range(3):
-        tokens = ids(2, 1, 30 + step)[:, 0]
-        close(decoder(tokens), decode(model, tokens, eager))
+def test_compiled_decode_is_one_graph_and_equal():
+    found = json.loads(
+        subprocess.run([sys.executable, compiled.__file__], capture_output=True, text=True, check=True).stdout
+    )
+    assert len(found["decode"]) == len(compiled.CASES) and max(found["decode"].values()) <= 2e-5, found
+    assert found["generate"], "compiled generation gives the tokens of the eager one"
 
 
 @pytest.mark.slow
 def test_inductor_decode_is_equal():
-    model = shaken(convert(make(), 2, 2))
-    rows = ragged([5, 8])
-    eager, static = make_cache(model, 2, 12), make_cache(model, 2, 12)
-    extend(model, rows, eager)
-    extend(model, rows, static)
-    decoder = Decoder(model, static, "compile")
-    for step in range(2):
-        tokens = ids(2, 1, 30 + step)[:, 0]
-        close(decoder(tokens), decode(model, tokens, eager), 1e-4)
+    code = "import compiled; print(compiled.difference('llama', 'model', 'inductor'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(compiled.__file__).parent
+    )
+    assert float(done.stdout) < 1e-4
 
 
 def test_fused_projection_follows_the_weights():

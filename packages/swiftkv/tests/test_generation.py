@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from compiled import shaken
 from models import ids, make
-from test_engine import shaken
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import convert
-from isotone.swiftkv.decoders import Decoder
 from isotone.swiftkv.generation import lookup_drafter
 
 OPTIONS = dict(max_new_tokens=12, pad_token_id=0)
@@ -155,15 +154,6 @@ def test_lookup_drafts_what_followed_last():
     draft = lookup_drafter()
     assert draft(torch.tensor([1, 2, 3, 4, 5, 1, 2, 3]), 2).tolist() == [4, 5]
     assert draft(torch.tensor([1, 2, 3]), 2).tolist() == []
-
-
-def test_compiled_generation(monkeypatch):
-    from isotone.swiftkv import generation
-
-    model = shaken(convert(make(), 2, 2))
-    monkeypatch.setattr(generation, "Decoder", lambda m, cache, mode: Decoder(m, cache, mode, backend="eager"))
-    found = model.generate(ids(1, 9), decode_mode="compile", **OPTIONS)
-    assert torch.equal(found[0], naive(model, ids(1, 9)[0], 12))
 
 
 @pytest.mark.parametrize(
