@@ -251,7 +251,7 @@ def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any, where: str)
     return row("distil-step", work, "lower half shared", "two full forwards", "this", timing, sizes.step_target)
 
 
-def _plot(curve: list[dict[str, float]], shape: str) -> Any:
+def _plot(curve: list[dict[str, float | int]], shape: str) -> Any:
     drawing, axes = figure(f"Prefill: {shape}", "prompt, tokens", "times faster than without skipping")
     lengths = [point["n"] for point in curve]
     ratios = [point["ratio"] for point in curve]

@@ -89,7 +89,7 @@ def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
 
 def prefill_curve(
     base: Any, swift: Any, lengths: Sequence[int], *, rounds: int = 6, warmup: int = 1, device: str = "cpu"
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | int]]:
     """For each prompt length: seconds of the base and of the swift model's prefill, and their ratio with its interval.
 
     `base`: any model that the engine takes, prefilled without skipping. The two take turns (shared bench).
@@ -127,7 +127,7 @@ def throughput(
     chunk: int = 8192,
     mode: str = "eager",
     most: int = 256,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Aggregate tokens a second, prompts and outputs, of as many rows as a cache of `memory` bytes holds.
 
     Prompts go in one after another, `chunk` tokens at a time, then all rows decode together. Raises `InputError` where

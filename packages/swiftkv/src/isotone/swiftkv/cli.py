@@ -148,7 +148,7 @@ def generate(
         raise InputError("expected one of --prompt and --prompt-file")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise InputError(f"expected at least 1 token and a finite temperature, got {max_new_tokens} and {temperature}")
-    said = prompt if prompt is not None else prompt_file.read_text(encoding="utf-8")  # type: ignore[union-attr]
+    said = prompt if prompt is not None else _read(prompt_file)  # type: ignore[arg-type]
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
@@ -393,11 +393,14 @@ def _decode(ids: torch.Tensor, folder: Path) -> str:
 
 
 def _tokens(text: Path, folder: Path, model: Any) -> torch.Tensor:
+    return _encode(_read(text), folder, model.config.vocab_size)
+
+
+def _read(text: Path) -> str:
     try:
-        said = text.read_text(encoding="utf-8")
+        return text.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"expected UTF-8 text in {str(text)!r}") from None
-    return _encode(said, folder, model.config.vocab_size)
 
 
 def _batches(
@@ -430,7 +433,7 @@ def _batches(
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
     examples = []
-    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(text).splitlines(), 1):
         if not line.strip():
             continue
         try:

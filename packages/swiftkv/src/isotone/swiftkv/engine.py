@@ -51,10 +51,10 @@ def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model",
 
 def unpad(
     input_ids: Int[Tensor, "batch n"],
-    attention_mask: Int[Tensor, "batch n"] | None = None,
+    attention_mask: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> list[Prompt]:
-    """The rows of a batch without their padding, which may stand left or right.
+    """The rows of a batch without their padding, which may stand left or right; `attention_mask` (batch, n).
 
     Raises `InputError` on an empty prompt, a mask with holes, or an id outside the vocabulary.
     """
@@ -85,15 +85,15 @@ def prefill(
     model: Any,
     input_ids: Int[Tensor, "batch n"],
     cache: SwiftKVCache,
-    attention_mask: Int[Tensor, "batch n"] | None = None,
-    position_ids: Int[Tensor, "batch n"] | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "batch vocab"]:
     """Take a prompt a row into `cache`, after what it holds already; the logits of each row's last token.
 
     `chunk`: at most so many tokens at a time, over all rows; a chunk that ends no prompt runs no upper layer.
-    `position_ids`, if given, must be the rows' own: from the cached length on, one by one. Raises `InputError` on bad
-    prompts, on wrong positions, and where the cache has no room.
+    `attention_mask` (batch, n). `position_ids` (batch, n) or (1, n), if given, must be the rows' own: from the cached
+    length on, one by one. Raises `InputError` on bad prompts, on wrong positions, and where the cache has no room.
     """
     prompts = unpad(input_ids, attention_mask, model.config.vocab_size)
     if len(prompts) != cache.batch:

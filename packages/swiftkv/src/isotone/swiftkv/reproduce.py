@@ -10,10 +10,8 @@ paper's tables (recall keeps 95 %: GSM8K keeps 79.45 of 82.56), else 0: the orde
 from __future__ import annotations
 
 import copy
-import math
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +22,10 @@ from typing import Any
 import torch
 
 from isotone.shared import data, device, progress
-from isotone.shared.claims import ArmLog, Claim, Measurement, Report, figure
+from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
-from isotone.swiftkv import benchmark
+from isotone.swiftkv import benchmark, findings
 from isotone.swiftkv.accounting import flops, kv_bytes
 from isotone.swiftkv.baselines import CopiedKeyValues, EarlyExit, train_baseline
 from isotone.swiftkv.basemodel import random_llama, shape_config, train_base, train_recall
@@ -37,135 +35,8 @@ from isotone.swiftkv.distill import DistillConfig, distill
 from isotone.swiftkv.engine import make_cache
 from isotone.swiftkv.evaluate import fidelity, recall_accuracy, student_logits, teacher_logits
 
-PAPER = "arXiv 2410.03960"
 SHAKESPEARE = "text/tinyshakespeare.txt"
 
-GAP = Claim(
-    "gap-closed",
-    "50 % SingleInputKV: share of the cross-entropy lost at conversion that distillation wins back",
-    f"{PAPER}: Llama-3.1-8B keeps 72.70 of 73.71 points; the loss at conversion was not found",
-    "%",
-    None,
-    80.0,
-    "min",
-)
-KEPT = Claim(
-    "recall-kept",
-    "50 % SingleInputKV: key-value recall at 16 pairs after distillation, of the base's",
-    f"{PAPER}, GSM8K of Llama-3.1-8B: 79.45 of 82.56",
-    "%",
-    96.2,
-    95.0,
-    "min",
-)
-BYTES = Claim(
-    "kv-bytes",
-    "50 % SingleInputKV and 4-way AcrossKV: allocated KV bytes of the base's",
-    f"{PAPER}, table of configurations",
-    "%",
-    62.5,
-    62.5,
-    "max",
-)
-FLOPS = Claim(
-    "prefill-flops",
-    "50 % SingleInputKV: counted prefill FLOPs, off the closed form",
-    "closed form of section 3; torch's counter",
-    "%",
-    None,
-    1.0,
-    "max",
-)
-SAVED = Claim(
-    "prefill-saved",
-    "50 % SingleInputKV: counted prefill FLOPs saved",
-    f"{PAPER}, abstract: prefill compute cut by 25 to 50 %",
-    "%",
-    "25 to 50",
-    45.0,
-    "min",
-)
-SPEED = Claim(
-    "prefill-speed",
-    "50 % SingleInputKV: base over swift prefill time, 16 layers, the longest prompt measured",
-    "closed form: 1.9 where compute is the limit",
-    "x",
-    None,
-    1.75,
-    "min",
-)
-ORDER_L = Claim(
-    "order-l",
-    "Skipping more costs more after distillation: the smaller of KL(l=4) - KL(l=6) and KL(l=2) - KL(l=4)",
-    f"{PAPER}: 73.59, 72.70 and 66.09 points at 25, 50 and 62.5 %",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-ORDER_G = Claim(
-    "order-g",
-    "Sharing more costs more after distillation: the smaller of KL(g=2) - KL(g=1) and KL(g=4) - KL(g=2)",
-    f"{PAPER}: 72.70, 71.82 and 71.49 points at g = 1, 2, 4",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-KD_LM = Claim(
-    "kd-over-lm",
-    "Narrow text: cross-entropy of Q/K/V + LM loss over Q/K/V + distillation",
-    f"{PAPER}, ablation: 70.06 against 72.70 points",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-KD_ALL_LM = Claim(
-    "kd-over-all-lm",
-    "Narrow text: cross-entropy of all weights + LM loss over Q/K/V + distillation",
-    f"{PAPER}, ablations",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-ALL_KD = Claim(
-    "all-kd",
-    "Narrow text: cross-entropy of all weights + distillation over Q/K/V + distillation (reported wherever it lands)",
-    f"{PAPER}, ablation: 68.23 against 72.70 points",
-    "nats",
-    None,
-    None,
-    "min",
-)
-DROPPED = Claim(
-    "over-dropped",
-    "KL of the upper layers dropped, distilled, over SwiftKV's (l = 4)",
-    "the alternative of the same prefill cost",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-COPIED = Claim(
-    "over-copied",
-    "KL of reusing the cache of the layer below, distilled, over SwiftKV's (l = 4)",
-    "the alternative of the same prefill cost",
-    "nats",
-    None,
-    0.0,
-    "min",
-)
-THROUGHPUT = Claim(
-    "throughput",
-    "Tokens a second at equal KV memory, 50 % SingleInputKV, 4-way AcrossKV and FP8, over the base",
-    f"{PAPER}, abstract: up to 2 times",
-    "x",
-    2.0,
-    1.8,
-    "min",
-)
 ARMS = ((6, 1), (4, 1), (2, 1), (4, 2), (4, 4))
 
 
@@ -318,10 +189,10 @@ def reproduce(scale: str, run: Run, path: Path | None = None, setting: Scale | N
         scale,
         seeds,
         "torch",
-        measurements=_measure(texts, recalls, engine_side, setting, told),
+        measurements=findings.measure(texts, recalls, engine_side, setting.arms, told),
         data=[source],
         seconds=time.perf_counter() - start,
-        figures=_figures(texts, recalls, engine_side, setting),
+        figures=findings.figures(texts, recalls, engine_side, setting.arms),
     )
 
 
@@ -490,170 +361,3 @@ def _engine(setting: Scale, where: str) -> dict[str, Any]:
         quantised = benchmark.throughput(four, setting.memory, kv_dtype="fp8", **options)  # type: ignore[arg-type]
         result["throughput"]["g4-fp8"] = quantised
     return result
-
-
-def _measure(
-    texts: list[dict[str, Any]], recalls: list[dict[str, Any]], side: dict[str, Any], setting: Scale, told: bool
-) -> list[Measurement]:
-    """The claims; spreads are standard deviations over the seeds. At smoke nothing is told but what is exact."""
-
-    def kl(seed: dict[str, Any], arm: str) -> float:
-        return seed[arm]["after"]["kl"]
-
-    def cross(seed: dict[str, Any], arm: str) -> float:
-        return seed[arm]["after"]["cross_entropy"]
-
-    def gap(seed: dict[str, Any]) -> float:
-        arm = seed["l4-g1"]
-        lost = arm["before"]["cross_entropy"] - arm["before"]["teacher_cross_entropy"]
-        left = arm["after"]["cross_entropy"] - arm["before"]["teacher_cross_entropy"]
-        return 100 * (1 - left / lost) if lost > 0 else math.nan
-
-    exact = [
-        Measurement(BYTES, side["bytes"]),
-        Measurement(FLOPS, side["off"]),
-    ]
-    timed = side.get("throughput")
-    gain = timed["g4-fp8"]["tokens_per_second"] / timed["base"]["tokens_per_second"] if timed else None
-    if not told:
-        silent = (GAP, KEPT, SAVED, SPEED, ORDER_L, ORDER_G, KD_LM, KD_ALL_LM, ALL_KD, DROPPED, COPIED, THROUGHPUT)
-        return [*exact, *(Measurement(claim, None) for claim in silent)]
-    last = side["curve"][-1]
-    reported = _reported(texts, recalls, setting)
-    return [
-        Measurement(GAP, *_over([gap(seed) for seed in texts])),
-        Measurement(
-            KEPT,
-            *_over([100 * seed["l4-g1"]["after"]["16"] / max(seed["base"]["after"]["16"], 1e-9) for seed in recalls]),
-        ),
-        *exact,
-        Measurement(SAVED, side["saved"]),
-        Measurement(SPEED, last["ratio"], (last["high"] - last["low"]) / 2),
-        Measurement(
-            ORDER_L,
-            *_over([min(kl(s, "l4-g1") - kl(s, "l6-g1"), kl(s, "l2-g1") - kl(s, "l4-g1")) for s in texts]),
-        ),
-        Measurement(
-            ORDER_G,
-            *_over([min(kl(s, "l4-g2") - kl(s, "l4-g1"), kl(s, "l4-g4") - kl(s, "l4-g2")) for s in texts]),
-        ),
-        Measurement(KD_LM, *_over([cross(s, "narrow-qkv-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(KD_ALL_LM, *_over([cross(s, "narrow-full-lm") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(ALL_KD, *_over([cross(s, "narrow-full-kd") - cross(s, "narrow-qkv-kd") for s in texts])),
-        Measurement(DROPPED, *_over([kl(s, "dropped") - kl(s, "l4-g1") for s in texts])),
-        Measurement(COPIED, *_over([kl(s, "copied") - kl(s, "l4-g1") for s in texts])),
-        Measurement(THROUGHPUT, gain),
-        *reported,
-    ]
-
-
-def _over(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation over the seeds."""
-    if not all(map(math.isfinite, values)):
-        return None, None  # nothing was lost at conversion, so that no share of it can be won back
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _reported(texts: list[dict[str, Any]], recalls: list[dict[str, Any]], setting: Scale) -> list[Measurement]:
-    """The figures behind the claims, arm by arm, without a threshold."""
-    rows: list[Measurement] = []
-
-    def row(id: str, what: str, unit: str, source: str, values: list[float]) -> None:
-        claim = Claim(id, f"{what} (reported)", source, unit, None, None, "min")
-        rows.append(Measurement(claim, *_over(values)))
-
-    swift = [f"l{e}-g{g}" for e, g in setting.arms]
-    narrow = {
-        f"narrow-{train}-{loss}": f"{said} + {named}, narrow text"
-        for train, said in (("qkv", "Q/K/V"), ("full", "all weights"))
-        for loss, named in (("kd", "distillation"), ("lm", "LM loss"))
-    }
-    arms = {name: _title(name) for name in swift} | narrow
-    arms |= {"dropped": "upper layers dropped", "copied": "cache of the layer below"}
-    base = [seed[swift[0]]["before"]["teacher_cross_entropy"] for seed in texts]
-    row("cross-entropy-base", "Cross-entropy: the base", "nats", "text, held out", base)
-    for key, said, unit, factor in (
-        ("cross_entropy", "Cross-entropy", "nats", 1),
-        ("kl", "KL to the base", "nats", 1),
-        ("agreement", "Top-1 agreement with the base", "%", 100),
-    ):
-        for name, title in arms.items():
-            for when, then in (("before", "at conversion"), ("after", "distilled")):
-                if name in narrow and when == "before":
-                    continue  # the same converted model as l = 4/8, g = 1
-                if name in narrow:
-                    then = "trained"
-                values = [factor * seed[name][when][key] for seed in texts]
-                row(
-                    f"{key}-{name}-{when}".replace("_", "-"), f"{said}: {title}, {then}", unit, "text, held out", values
-                )
-    for pairs in ("16", "24"):
-        for name in ("base", *swift):
-            for when, then in (("before", ", at conversion"), ("after", "" if name == "base" else ", distilled")):
-                if when in recalls[0][name]:
-                    values = [100 * seed[name][when][pairs] for seed in recalls]
-                    said = f"Key-value recall at {pairs} pairs: {_title(name)}{then}"
-                    row(f"recall-{pairs}-{name}-{when}", said, "%", "generated sequences", values)
-    return rows
-
-
-def _title(name: str) -> str:
-    if name == "base":
-        return "the base"
-    kept, group = name.split("-")
-    return f"l = {kept[1:]}/8, g = {group[1:]}"
-
-
-def _figures(
-    texts: list[dict[str, Any]], recalls: list[dict[str, Any]], side: dict[str, Any], setting: Scale
-) -> dict[str, Any]:
-    names = [f"l{e}-g{g}" for e, g in setting.arms]
-    labels = [f"l={e}/8\ng={g}" for e, g in setting.arms]
-    places = list(range(len(names)))
-
-    def bars(axes: Any, values: list[list[float]], label: str, shift: float) -> None:
-        means = [statistics.mean(v) for v in values]
-        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        axes.bar([p + shift for p in places], means, 0.38, yerr=spreads, capsize=3, label=label)
-
-    quality, axes = figure(
-        "Quality lost and won back", "layers kept and layers a group", "KL to the base, nats a token"
-    )
-    bars(axes, [[seed[n]["before"]["kl"] for seed in texts] for n in names], "at conversion", -0.2)
-    bars(axes, [[seed[n]["after"]["kl"] for seed in texts] for n in names], "distilled", 0.2)
-    axes.set_xticks(places, labels)
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-    recall, axes = figure("Key-value recall after distillation", "layers kept and layers a group", "right answers, %")
-    for pairs, shift in (("16", -0.2), ("24", 0.2)):
-        bars(axes, [[100 * seed[n]["after"][pairs] for seed in recalls] for n in names], f"{pairs} pairs", shift)
-        level = statistics.mean(100 * seed["base"]["after"][pairs] for seed in recalls)
-        axes.axhline(
-            level, color="#0072B2" if pairs == "16" else "#D55E00", linestyle=":", label=f"base, {pairs} pairs"
-        )
-    axes.set_xticks(places, labels)
-    axes.set_ylim(0, 112)
-    axes.legend(frameon=False, ncols=2, loc="lower left")
-    ablation, axes = figure("Loss and trained weights, narrow text", "arm", "cross-entropy on held-out text, nats")
-    cases = ["narrow-qkv-kd", "narrow-qkv-lm", "narrow-full-kd", "narrow-full-lm"]
-    values = [[seed[c]["after"]["cross_entropy"] for seed in texts] for c in cases]
-    spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    axes.bar(range(4), [statistics.mean(v) for v in values], 0.6, yerr=spreads, capsize=3, color="#0072B2")
-    axes.set_xticks(range(4), ["Q/K/V\ndistilled", "Q/K/V\nLM loss", "all\ndistilled", "all\nLM loss"])
-    base = statistics.mean(seed["narrow-qkv-kd"]["before"]["teacher_cross_entropy"] for seed in texts)
-    start = statistics.mean(seed["narrow-qkv-kd"]["before"]["cross_entropy"] for seed in texts)
-    axes.axhline(base, color="#009E73", linestyle=":", label="base")
-    axes.axhline(start, color="#D55E00", linestyle=":", label="at conversion")
-    axes.set_ylim(min(base, *(min(v) for v in values)) - 0.05)
-    axes.legend(frameon=False)
-    speed, axes = figure("Prefill time", "prompt, tokens", "seconds")
-    lengths = [point["n"] for point in side["curve"]]
-    axes.plot(lengths, [point["base_seconds"] for point in side["curve"]], "o-", label="base, our engine")
-    axes.plot(lengths, [point["swift_seconds"] for point in side["curve"]], "o-", label="swift, l = L/2")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for point in side["curve"]:
-        axes.annotate(f"{point['ratio']:.2f}x", (point["n"], point["swift_seconds"]), xytext=(4, -14),
-                      textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.legend(frameon=False)
-    return {"quality": quality, "recall": recall, "ablation": ablation, "prefill": speed}
