@@ -12,7 +12,7 @@ import torch
 from contract import files
 from safetensors.torch import load_file
 
-from isotone.lighthgnn import bench, reproduce
+from isotone.lighthgnn import bench, jobs, load_dataset, production_split, reproduce
 from isotone.lighthgnn.cli import app
 from isotone.lighthgnn.dataset import from_graph, make_dataset
 from isotone.lighthgnn.latency import break_even
@@ -59,6 +59,28 @@ def test_from_files_to_predictions(tmp_path):
     np.save(tmp_path / "narrow.npy", np.ones((2, 2)))
     narrow = run_cli(app, ["predict", "narrow.npy", "--out", "run"], tmp_path)
     assert narrow.code == 2 and "expected 3 features" in narrow.stderr
+
+
+def test_observed_vertices_are_scored_by_what_was_observed(tmp_path):
+    files(tmp_path)
+    data = load_dataset(tmp_path / "data.npz")
+    split = production_split(data.y, 3, 4, 0.5)
+
+    class Counts(torch.nn.Module):
+        on_graph = False
+        seen: list = []
+
+        def forward(self, X, hypergraph):
+            self.seen.append(hypergraph.num_vertices)
+            # class 1 where the observed part is looked at, else class 0
+            logits = torch.zeros(len(X), 3)
+            logits[:, int(len(X) < 60)] = 1
+            return logits
+
+    found = jobs.teacher_scores(Counts(), data, split)
+    assert Counts.seen == [60, len(split.observed)]
+    for part, label, ids in (("trans", 1, split.test_tran), ("ind", 0, split.test_ind), ("prod", 0, split.test)):
+        assert abs(found[part]["accuracy"] - 100 * float((data.y[ids] == label).float().mean())) < 1e-4
 
 
 @pytest.mark.parametrize("teacher", ["gcn", "unigat"])
