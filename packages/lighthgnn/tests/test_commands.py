@@ -7,14 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from contract import files
 from safetensors.torch import load_file
 
-from isotone.lighthgnn import bench, reproduce
+from isotone.lighthgnn import bench, jobs, load_dataset, production_split, reproduce
 from isotone.lighthgnn.cli import app
+from isotone.lighthgnn.dataset import from_graph, make_dataset
 from isotone.lighthgnn.latency import break_even
-from isotone.lighthgnn.synthetic import SyntheticConfig
+from isotone.lighthgnn.synthetic import SyntheticConfig, make_synthetic
 from isotone.shared.cli import Run
 from isotone.shared.testing import kill_and_resume, run_cli
 
@@ -59,6 +61,28 @@ def test_from_files_to_predictions(tmp_path):
     assert narrow.code == 2 and "expected 3 features" in narrow.stderr
 
 
+def test_observed_vertices_are_scored_by_what_was_observed(tmp_path):
+    files(tmp_path)
+    data = load_dataset(tmp_path / "data.npz")
+    split = production_split(data.y, 3, 4, 0.5)
+
+    class Counts(torch.nn.Module):
+        on_graph = False
+        seen: list = []
+
+        def forward(self, X, hypergraph):
+            self.seen.append(hypergraph.num_vertices)
+            # class 1 where the observed part is looked at, else class 0
+            logits = torch.zeros(len(X), 3)
+            logits[:, int(len(X) < 60)] = 1
+            return logits
+
+    found = jobs.teacher_scores(Counts(), data, split)
+    assert Counts.seen == [60, len(split.observed)]
+    for part, label, ids in (("trans", 1, split.test_tran), ("ind", 0, split.test_ind), ("prod", 0, split.test)):
+        assert abs(found[part]["accuracy"] - 100 * float((data.y[ids] == label).float().mean())) < 1e-4
+
+
 @pytest.mark.parametrize("teacher", ["gcn", "unigat"])
 def test_other_teachers(teacher, tmp_path):
     files(tmp_path)
@@ -83,30 +107,48 @@ def test_a_killed_training_resumes(tmp_path):
     assert all(torch.equal(killed[name], uninterrupted[name]) for name in uninterrupted)
 
 
+def _tiny_sets(setting):
+    """A bag of words with the names of the real sets, so that every claim is measured."""
+    made = make_synthetic(num_vertices=150, num_edges=80, dim=8, num_classes=3, seed=5)
+    source = np.random.default_rng(0)
+    y = made.y.numpy()
+    words = scipy.sparse.random(150, 300, 0.02, "csr", np.float32, source) + scipy.sparse.csr_matrix(
+        (np.ones(150, np.float32), (np.arange(150), y)), (150, 300)
+    )
+    pairs = source.integers(150, size=(2, 900))
+    pairs = pairs[:, y[pairs[0]] == y[pairs[1]]]
+    hypergraph = make_dataset("coauthorship-cora", words, y, made.hypergraph)
+    return [hypergraph, from_graph("planetoid-cora", words, y, pairs)]
+
+
 def test_every_scale_is_one_path(tmp_path, monkeypatch):
     """The gpu scale's code at a tiny size: arms, claims, plots; finished arms are not run again."""
     tiny = reproduce.SCALES["gpu"]
-    recipe = dataclasses.replace(tiny.recipe, epochs=6, num_train=5, num_val=10, student_hidden=16, many_samples=2)
+    recipe = dataclasses.replace(
+        tiny.recipe, epochs=4, num_train=5, num_val=10, student_hidden=16, many_samples=2, test_ind_ratio=0.5
+    )
     small = SyntheticConfig(num_vertices=200, num_edges=100, dim=8)
     setting = dataclasses.replace(
-        tiny,
-        recipe=recipe,
-        synthetic=small,
-        speed=small,
-        real=False,
-        digits=False,
-        signals=(0.8,),
-        batches=(1, 32),
+        tiny, recipe=recipe, synthetic=small, speed=small, signals=(0.8,), batches=(1,), least_seeds=2
     )
     monkeypatch.setitem(reproduce.SCALES, "gpu", setting)
-    options = Run(tmp_path, seeds=(0, 1, 2), device="cpu", quiet=True)
+    monkeypatch.setattr(reproduce, "_data", _tiny_sets)
+    options = Run(tmp_path, seeds=(0, 1), device="cpu", quiet=True)
     report = reproduce.reproduce("gpu", options)
     values = {m.claim.id: m.measured for m in report.measurements}
     assert set(values) == {claim.id for claim in reproduce.CLAIMS}
-    assert values["cora-gain"] is None and values["synthetic-gain"] is not None and 0 <= values["noise-auc"] <= 1
-    assert {"accuracy-synthetic", "settings-synthetic", "reliability", "signal"} == set(report.figures)
+    missing = {name for name, value in values.items() if value is None}
+    assert missing == {"cocitation-gain-plus", "digits-gain-plus"}, "all others are measured"
+    assert 0 <= values["noise-auc-additive"] <= 1 and values["topology-mlp"] != 0
+    plots = {"accuracy-synthetic", "settings-synthetic", "reliability", "signal", "teachers-coauthorship-cora"}
+    assert plots <= set(report.figures)
     report.save(tmp_path)
-    monkeypatch.setattr(reproduce.experiments, "transductive", None)
+
+    def never(*arguments, **options):
+        raise AssertionError("a finished arm is run again")
+
+    for name in ("transductive", "teachers_together", "planted_noise", "graph_arms"):
+        monkeypatch.setattr(reproduce.experiments, name, never)
     again = reproduce.reproduce("gpu", options)
     assert [m.measured for m in again.measurements] == [m.measured for m in report.measurements]
 

@@ -234,7 +234,7 @@ def test_onnx(int8, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     student = _student()
     X = torch.randn(500, 6)
-    path = export_onnx(student, tmp_path / "s.onnx", int8=int8)
+    path = student.export_onnx(tmp_path / "s.onnx", int8=int8)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for rows in (1, 500):
         (found,) = session.run(None, {"X": X[:rows].numpy()})

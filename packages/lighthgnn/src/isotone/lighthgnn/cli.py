@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -230,9 +231,7 @@ def evaluate(
     found = {"student": jobs.scores(model.predict(X), dataset.y, split)}
     if (source / "teacher.safetensors").is_file():
         teacher = exports.load_teacher(source)
-        structure = dataset.graph if teacher.on_graph and dataset.graph is not None else None
-        structure = structure or dataset.hypergraph.add_singletons()
-        found["teacher"] = jobs.scores(predict_proba(teacher, X, structure).argmax(1), dataset.y, split)
+        found["teacher"] = jobs.teacher_scores(teacher, dataclasses.replace(dataset, X=X), split)
     drawing, axes = figure("Test accuracy", "", "per cent")
     names = [f"{who}\n{part}" for who, parts in found.items() for part in parts]
     axes.bar(names, [values["accuracy"] for parts in found.values() for values in parts.values()])

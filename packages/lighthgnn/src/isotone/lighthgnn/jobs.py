@@ -20,6 +20,7 @@ from isotone.lighthgnn.dataset import KNOWN, Dataset, digits_knn, known_dataset,
 from isotone.lighthgnn.features import Features, as_features, blend_noise, l1_normalize, take_rows
 from isotone.lighthgnn.settings import Split, local_ids, observed_hypergraph
 from isotone.lighthgnn.synthetic import make_synthetic
+from isotone.lighthgnn.teachers import predict_proba
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
@@ -148,6 +149,18 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
         raise InputError(f"expected a whole number a line in {str(labels)!r}: {error}") from None
     made = make_dataset(source.stem, X, y, hypergraph)
     return dataclasses.replace(made, X=l1_normalize(made.X)) if normalize else made
+
+
+def teacher_scores(teacher: Any, data: Dataset, split: Split) -> dict[str, dict[str, float]]:
+    """`scores` of a teacher: observed vertices by what was observed of the hypergraph, others by all (section 2.6)."""
+    structure = data.graph if teacher.on_graph and data.graph is not None else data.hypergraph.add_singletons()
+    guesses = predict_proba(teacher, data.X, structure).argmax(1)
+    found = scores(guesses, data.y, split)
+    if len(split.test_ind) and len(split.test_tran):
+        seen = observe(data, split, teacher.on_graph)
+        guesses[split.observed] = predict_proba(teacher, seen.X, seen.structure).argmax(1)
+        found["trans"] = scores(guesses, data.y, split)["trans"]
+    return found
 
 
 def scores(predictions: Tensor, y: Tensor, split: Split) -> dict[str, dict[str, float]]:

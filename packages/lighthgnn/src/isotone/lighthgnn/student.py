@@ -6,6 +6,8 @@ Dimensions: B rows, d features, C classes.
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,12 @@ class LightMLP(nn.Module):
                 shift = norm.bias - norm.running_mean * scale
         folded.temperature.copy_(self.temperature)
         return folded.eval()
+
+    def export_onnx(self, path: str | os.PathLike[str], int8: bool = False) -> Path:
+        """Write this student as ONNX: `export.export_onnx`."""
+        from isotone.lighthgnn.export import export_onnx
+
+        return export_onnx(self, path, int8)
 
     @torch.no_grad()
     def calibrate(self, X: Features, y: Int[Tensor, " B"]) -> float:
