@@ -187,7 +187,7 @@ def test_a_killed_command_resumes_to_the_same_weights(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
     torch.manual_seed(0)
     convert(make(vocab_size=256), 2, 2).save_pretrained(tmp_path / "swift")
-    arguments = ["distill", "swift", "--text", "text.txt", "--quiet", "--steps", "150", "--context", "16"]
+    arguments = ["distill", "swift", "--text", "text.txt", "--quiet", "--steps", "100", "--context", "16"]
     arguments += ["--batch", "2", "--checkpoint-every", "10", "--out"]
     assert run_cli(app, [*arguments, "straight"], tmp_path).code == 0
     store = tmp_path / "killed" / "checkpoints"

@@ -46,8 +46,10 @@ def test_student_and_engine_equal_the_equations(split):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("split", [(2, 1), (2, 4), (3, 3), (5, 1)])
+EVERY = [(family, split) for family in FAMILIES for split in ((2, 1), (3, 3))]
+
+
+@pytest.mark.parametrize("family, split", [*EVERY, ("llama", (2, 4)), ("llama", (5, 1)), ("deepseek-v2", (2, 4))])
 def test_ragged_prefill_and_decode_equal_the_full_student(family, split):
     model = shaken(convert(make(family), *split))
     rows = ragged([9, 1, 23])
@@ -62,7 +64,7 @@ def test_ragged_prefill_and_decode_equal_the_full_student(family, split):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "deepseek-v2"])
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=4)
 @given(
     lengths=st.lists(st.integers(1, 10), min_size=1, max_size=3),
     chunk=st.integers(2, 20),

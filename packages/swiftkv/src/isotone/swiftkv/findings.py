@@ -280,8 +280,9 @@ def figures(
             level, color="#0072B2" if pairs == "16" else "#D55E00", linestyle=":", label=f"base, {pairs} pairs"
         )
     axes.set_xticks(places, labels)
-    axes.set_ylim(0, 112)
-    axes.legend(frameon=False, ncols=2, loc="lower left")
+    axes.set_ylim(0, 145)
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(frameon=False, ncols=2, loc="upper center")
     ablation, axes = figure("Loss and trained weights, narrow text", "arm", "cross-entropy on held-out text, nats")
     cases = ["narrow-qkv-kd", "narrow-qkv-lm", "narrow-full-kd", "narrow-full-lm"]
     values = [[seed[c]["after"]["cross_entropy"] for seed in texts] for c in cases]
@@ -301,7 +302,8 @@ def figures(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for point in side["curve"]:
-        axes.annotate(f"{point['ratio']:.2f}x", (point["n"], point["swift_seconds"]), xytext=(4, -14),
+        axes.annotate(f"{point['ratio']:.2f}x", (point["n"], point["swift_seconds"]), xytext=(4, -12),
                       textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.margins(x=0.12, y=0.12)
     axes.legend(frameon=False)
     return {"quality": quality, "recall": recall, "ablation": ablation, "prefill": speed}
