@@ -502,3 +502,12 @@ def test_a_figure_without_a_threshold_is_reported():
     claim = Claim("id", "words", "source", "s", None, None, "min")
     assert Measurement(claim, 1.0).verdict == "reported" and Measurement(claim, None).verdict == "not at this scale"
     assert Ratio("id", "work", "ours", "peer", "1", 1.0, 2.0, "s", None).verdict == "reported"
+
+
+def test_a_summary_leaves_out_what_is_only_reported(tmp_path: Path) -> None:
+    bench().save(tmp_path)
+    readme = tmp_path / "README.md"
+    name = "bench-cpu.json"
+    readme.write_text(f"<!-- summary:{name} -->\n<!-- /summary -->\n<!-- results:{name} -->\n<!-- /results -->\n")
+    short, whole = claims.rewrite_readme(readme).split("<!-- results:")
+    assert "reported" in whole and "reported" not in short and short.count("held") == 2

@@ -37,7 +37,7 @@ __all__ = [
 SCHEMA = 1
 _VERDICTS = {True: "held", False: "not held", None: "not at this scale"}
 _RESULT = re.compile(r"(reproduce-(smoke|cpu|gpu|paper)|bench-(cpu|gpu))\.json")
-_BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", re.S)
+_BLOCK = re.compile(r"(<!-- (results|summary):(\S+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,16 @@ class Report:
             table.add_row(*map(Text, cells), Text(verdict, colours[verdict]))
         return table
 
-    def markdown(self) -> str:
-        """The table for a README, with a line on where the figures come from below it."""
+    def markdown(self, summary: bool = False) -> str:
+        """The table for a README, with a line on where the figures come from below it.
+
+        `summary`: without the rows that have no threshold to reach.
+        """
         header, rows = self.rows()
         lines = [header, ["---"] * len(header)]
         for *cells, verdict, needed in rows:
+            if summary and verdict == "reported":
+                continue
             verdict = f"**{verdict}**" if verdict == "not held" else verdict
             lines.append([*cells, f"{verdict} ({needed})" if needed else verdict])
         table = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
@@ -365,20 +370,22 @@ def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = 
 def rewrite_readme(path: str | os.PathLike[str]) -> str:
     """The text of the README at `path`, each block from results:FILE to /results filled in anew.
 
-    FILE is relative to the README's folder; where it is absent the block says "not measured yet".
+    FILE is relative to the README's folder; where it is absent the block says "not measured yet". A block from
+    summary:FILE to /summary leaves out the rows that are only reported.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
 
     def fill(match: re.Match[str]) -> str:
-        if "<!-- results:" in match[3]:
-            raise InputError(f"{path}: expected <!-- /results --> after the block of {match[2]}")
-        results = path.parent / match[2]
-        body = Report.load(results).markdown() if results.exists() else "not measured yet"
-        return f"{match[1]}\n{body}\n\n{match[4]}"
+        start, kind, file, inside, end = match.groups()
+        if "<!-- results:" in inside or "<!-- summary:" in inside:
+            raise InputError(f"{path}: expected <!-- /{kind} --> after the block of {file}")
+        results = path.parent / file
+        body = Report.load(results).markdown(kind == "summary") if results.exists() else "not measured yet"
+        return f"{start}\n{body}\n\n{end}"
 
     filled = _BLOCK.sub(fill, text)
-    opened = len(re.findall(r"^<!-- results:", text, re.M))
+    opened = len(re.findall(r"^<!-- (?:results|summary):", text, re.M))
     if opened != len(_BLOCK.findall(text)):
         raise InputError(f"{path}: expected <!-- /results --> after every <!-- results:FILE -->")
     return filled
