@@ -43,7 +43,6 @@ EXPORT = "uv export --all-packages --all-groups --all-extras --no-emit-workspace
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests", "wheels", "workspace"]
 
 
 def _packages() -> list[str]:
@@ -59,6 +58,10 @@ def _packages() -> list[str]:
 
 
 PACKAGES = _packages()
+# not finished: their tests take longer than they may, and run by `nox -s "tests(NAME)"` alone
+IN_PROGRESS = {"swiftkv"}
+DEFAULT_TESTS = [f"tests({name})" for name in ["shared", *PACKAGES] if name not in IN_PROGRESS]
+nox.options.sessions = ["lint", "types", *DEFAULT_TESTS, "wheels", "workspace"]
 package = nox.parametrize("name", [nox.param(name, id=name) for name in PACKAGES])
 member = nox.parametrize("name", [nox.param(name, id=name) for name in ["shared", *PACKAGES]])
 

@@ -91,6 +91,7 @@ def test_other_teachers(teacher, tmp_path):
     assert "teacher" in run(tmp_path, "evaluate", "--data", "data.npz", "--out", "run", "--json")
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes(tmp_path):
     files(tmp_path)
     command = [sys.executable, "-m", "isotone.lighthgnn", "train", "--data", "data.npz", *SMALL[:4], "--quiet"]
@@ -153,6 +154,7 @@ def test_every_scale_is_one_path(tmp_path, monkeypatch):
     assert [m.measured for m in again.measurements] == [m.measured for m in report.measurements]
 
 
+@pytest.mark.slow
 def test_bench_on_tiny_sizes(tmp_path):
     report = bench.bench(Run(tmp_path, device="cpu", quiet=True), "tiny")
     rows = {row.id: row for row in report.ratios}

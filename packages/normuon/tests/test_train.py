@@ -43,6 +43,7 @@ def test_resumed_run_equals_the_uninterrupted_one(optimizer, tmp_path):
     assert not torch.equal(fresh.head.weight, whole.head.weight)
 
 
+@pytest.mark.slow  # three processes; the resumption itself is tested above
 def test_a_killed_command_resumes(tmp_path):
     (tmp_path / "text").write_bytes(b"shall I compare thee to a summer's day\n" * 60)
     command = [sys.executable, "-m", "isotone.normuon", "train", "--text", "text", "--steps", "100", "--quiet"]

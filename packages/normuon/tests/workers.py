@@ -93,6 +93,9 @@ CASES = {
 }
 
 
+CASES_OF = {1: ["plain"], 3: ["plain", "column", "auto"]}  # the others run every case
+
+
 def all_cases(rank, world, folder):
     """Every layout and setting on the first 1, 2, ... of the ranks: {(size, layout, case): weights}.
 
@@ -109,7 +112,7 @@ def all_cases(rank, world, folder):
             continue
         for layout in ("rows", "columns", "replicate"):
             for case, settings in CASES.items():
-                if size > 1 or case == "plain":
+                if case in CASES_OF.get(size, CASES):
                     found[size, layout, case] = sharded(mesh, layout, settings)
         found[size, "rows", "bf16"] = sharded(mesh, "rows", {"wire": "bfloat16"})
         for strategy in ("round_robin", "reduce_scatter"):

@@ -51,7 +51,7 @@ def scale_by_normuon(
     `isotone.normuon.NorMuon`'s. Raises `ValueError` on settings out of range and on leaves of fewer dimensions.
     """
     check_scale(scale)
-    check_method(orthogonalize, ns_steps)  # type: ignore[arg-type]  # a callable is not looked at
+    check_method(orthogonalize, ns_steps)
     if axis not in AXES:
         raise ValueError(f"expected axis to be one of {', '.join(AXES)}, got {axis!r}")
     if not all(0 <= beta < 1 for beta in (momentum, beta2 or 0.0)):

@@ -8,6 +8,7 @@ step, of which the two symmetric products need only half (`kernels`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,7 +49,7 @@ def coefficients(method: str, steps: int) -> list[Coefficients]:
     return [table[min(i, len(table) - 1)] for i in range(steps)]
 
 
-def check_method(method: Method, steps: int) -> None:
+def check_method(method: Any, steps: Any) -> None:
     """Raise `ValueError` on an unknown method or a number of steps outside [1, 100)."""
     if not callable(method) and method not in METHODS:
         raise ValueError(f"expected orthogonalize to be one of {', '.join(METHODS)} or a callable, got {method!r}")
