@@ -122,7 +122,7 @@ def test_the_root_readme_equals_the_results():
 
 def test_the_nox_matrix():
     pytest.importorskip("nox")
-    listed = run("nox", "--list", "--json", cwd=ROOT)
+    listed = run("nox", "--list", "--json", "-s", "tests", cwd=ROOT)
     sessions = {entry["session"] for entry in json.loads(listed.stdout)}
     assert {f"tests({path.name})" for path in PACKAGES} <= sessions
 
