@@ -18,6 +18,7 @@ from isotone.lighthgnn import latency
 from isotone.lighthgnn.distill import train_teacher
 from isotone.lighthgnn.features import as_features
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.plots import batch_plot, latency_plot
 from isotone.lighthgnn.settings import transductive_split
 from isotone.lighthgnn.sparse import SparseLinear, SparseMatrix
 from isotone.lighthgnn.stacked import train_teachers_together
@@ -26,7 +27,7 @@ from isotone.lighthgnn.teachers import HGNN, HGNNP
 from isotone.lighthgnn.training import TrainConfig
 from isotone.shared import device
 from isotone.shared.bench import compare
-from isotone.shared.claims import Ratio, Report, figure
+from isotone.shared.claims import Ratio, Report
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 
@@ -68,7 +69,7 @@ def bench(run: Run, size: str = "full") -> Report:
         "torch",
         ratios=rows,
         seconds=time.perf_counter() - start,
-        figures={"latency": _latency_plot(sweep), "batch": _batch_plot(times)},
+        figures={"latency": latency_plot(sweep), "batch": batch_plot(times)},
     )
 
 
@@ -273,35 +274,6 @@ def _sweep_entry(vertices: int, where: str, rounds: int) -> dict[str, Any]:
     contest = latency.make_contest(SyntheticConfig(num_vertices=vertices, num_edges=vertices // 2), where)
     one = latency.answer_times(contest, 1, rounds=rounds, device=where)
     return {"vertices": vertices, **one, "all": latency.answer_times(contest, vertices, rounds=rounds, device=where)}
-
-
-def _latency_plot(sweep: list[dict[str, Any]]) -> Any:
-    drawing, axes = figure("Time of an answer over the size of the hypergraph", "vertices", "seconds")
-    vertices = [entry["vertices"] for entry in sweep]
-    lines = {
-        "teacher, factored pass over all": [entry["whole"] for entry in sweep],
-        "teacher, exact closure of one": [entry["closure"] for entry in sweep],
-        "student, all": [entry["all"]["student"] for entry in sweep],
-        "student, one": [entry["student"] for entry in sweep],
-    }
-    for name, values in lines.items():
-        if None not in values:
-            axes.plot(vertices, values, marker="o", label=name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.legend()
-    return drawing
-
-
-def _batch_plot(times: list[dict[str, Any]]) -> Any:
-    drawing, axes = figure(
-        "Speed-up over the number of vertices asked for", "vertices asked for", "teacher's time over student's"
-    )
-    axes.plot([t["batch"] for t in times], [t["ratio"] for t in times], marker="o")
-    axes.axhline(1, color="#555555", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    return drawing
 
 
 def _row(

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from isotone.lighthgnn.distill import accuracy, fingerprint
+from isotone.lighthgnn.distill import fingerprint
 from isotone.lighthgnn.hypergraph import Hypergraph
-from isotone.lighthgnn.losses import cross_entropy
+from isotone.lighthgnn.outputs import agreement, cross_entropy
 from isotone.lighthgnn.sparse import SparseMatrix
 from isotone.lighthgnn.structure import Structure
 from isotone.lighthgnn.training import History, TrainConfig, epoch_seed, fit
@@ -170,7 +170,7 @@ class StoredHypergraph(Incidences):
 def train_teacher_in_blocks(
     teacher: nn.Module,
     stored: StoredHypergraph,
-    y: Int[Tensor, " N"],
+    y: Int[Tensor, N * C],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: TrainConfig | None = None,
@@ -202,7 +202,7 @@ def train_teacher_in_blocks(
             yield cross_entropy(logits, y[batch].to(device))
 
     def validate() -> float:
-        return accuracy(predict_in_blocks(teacher, stored, val, layers, batch_size).cpu(), y[val])
+        return agreement(predict_in_blocks(teacher, stored, val, layers, batch_size).cpu(), y[val])
 
     key = {
         "model": type(teacher).__name__,

@@ -17,13 +17,14 @@ from isotone.lighthgnn import bench as benchmark
 from isotone.lighthgnn import export as exports
 from isotone.lighthgnn import jobs
 from isotone.lighthgnn import reproduce as reproduction
+from isotone.lighthgnn.dataset import KNOWN
 from isotone.lighthgnn.distill import DistillConfig, train_teacher
 from isotone.lighthgnn.distill import distill as run_distill
 from isotone.lighthgnn.features import take_rows
 from isotone.lighthgnn.reliability import reliable_hyperedge_scores
 from isotone.lighthgnn.settings import production_split, transductive_split
 from isotone.lighthgnn.student import LightMLP
-from isotone.lighthgnn.teachers import TEACHERS, make_teacher, predict_proba
+from isotone.lighthgnn.teachers import TEACHERS, calibrated_temperature, make_teacher, predict_proba
 from isotone.lighthgnn.training import TrainConfig, seeded
 from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
@@ -33,7 +34,7 @@ from isotone.shared.errors import InputError
 
 app = paper_app("lighthgnn", framework="torch")
 Opt = typer.Option
-DATA = Opt(help="synthetic, digits, coauthorship-cora, cocitation-cora, cora, citeseer, or an npz of `convert`")
+DATA = Opt(help=f"synthetic, digits, {', '.join(KNOWN)}, or an npz of `convert`")
 Data = Annotated[str, DATA]
 Folder = Annotated[Path | None, Opt(help="the folder of the run that trained it; default: --out")]
 
@@ -65,7 +66,7 @@ def train(
         split = transductive_split(dataset.y, num_train, num_val, seed)
     where = device.resolve(run.device)
     sizes: dict[str, Any] = {"in_channels": dataset.X.shape[1], "num_classes": dataset.num_classes}
-    sizes |= {"hidden": hidden, "layers": layers, "dropout": dropout}
+    sizes |= {"hidden": hidden, "layers": layers, "dropout": dropout, "multilabel": dataset.multilabel}
     if not 0 <= dropout < 1:
         raise InputError(f"expected --dropout from 0 to below 1, got {dropout}")
     with seeded(seed):
@@ -106,19 +107,25 @@ def distill(
     noise_level: Annotated[float, Opt(help="level of the feature noise")] = 1.0,
     noise_samples: Annotated[int, Opt(help="noise draws")] = 5,
     normalize_scores: Annotated[str, Opt(help="max or quantile")] = "max",
+    change: Annotated[str, Opt(help="mean: the paper's; vertices: changes within a hyperedge do not cancel")] = "mean",
+    calibrate_teacher: Annotated[
+        bool, Opt("--calibrate-teacher", help="score at a temperature fit on validation")
+    ] = False,
     hidden: Annotated[int, Opt(help="width of the student")] = 128,
     layers: Annotated[int, Opt(help="layers of the student")] = 2,
+    dropout: Annotated[float, Opt(help="dropout of the student")] = 0.5,
     no_batch_norm: Annotated[bool, Opt("--no-batch-norm", help="a student without batch norm")] = False,
     batch_size: Annotated[int | None, Opt(help="vertices a step; all if not given")] = None,
     calibrate: Annotated[bool, Opt("--calibrate", help="fit a temperature on the validation vertices")] = False,
     epochs: Annotated[int, Opt(help="epochs")] = 200,
     lr: Annotated[float, Opt(help="Adam's rate")] = 0.01,
+    weight_decay: Annotated[float, Opt(help="Adam's weight decay")] = 5e-4,
     checkpoint_every: Annotated[int, Opt(help="epochs between checkpoints")] = 50,
 ) -> dict:
     """Distil a trained teacher into an MLP; resumes where it was killed."""
     source = teacher or run.out
     config, dataset, split, facts = _distillation(
-        run, data, source, epochs, lr, checkpoint_every,
+        run, data, source, (epochs, lr, weight_decay), checkpoint_every,
         plus=not light, lam=lam, tau=tau, target=target, kd_loss=kd_loss, sampling=sampling, batch_size=batch_size,
     )  # fmt: skip
     model = exports.load_teacher(source)
@@ -130,15 +137,20 @@ def distill(
     rho = None
     if not light:
         generator = torch.Generator().manual_seed(config.train.seed)
+        labelled = (seen.y.to(where), seen.val.to(where))
+        temperature = calibrated_temperature(model, X, structure, *labelled) if calibrate_teacher else 1.0
         rho = reliable_hyperedge_scores(
             *(model, X, hypergraph),
-            noise=noise, level=noise_level, samples=noise_samples, normalize=normalize_scores,
-            generator=generator, structure=structure,
+            noise=noise, level=noise_level, samples=noise_samples, normalize=normalize_scores, change=change,
+            temperature=temperature, generator=generator, structure=structure,
         )  # fmt: skip
         _save_reliability(rho, run.out)
     with seeded(config.train.seed):
         batch_norm = not no_batch_norm
-        student = LightMLP(X.shape[1], hidden, dataset.num_classes, layers=layers, batch_norm=batch_norm).to(where)
+        student = LightMLP(
+            *(X.shape[1], hidden, dataset.num_classes),
+            layers=layers, dropout=dropout, batch_norm=batch_norm, multilabel=dataset.multilabel,
+        ).to(where)  # fmt: skip
     parts = (seen.train.to(where), seen.val.to(where))
     with progress.bar("student", epochs, run.silent) as bar:
         history = run_distill(
@@ -161,10 +173,10 @@ def distill(
 
 
 def _distillation(
-    run: Run, data: str, source: Path, epochs: int, lr: float, checkpoint_every: int, **options: Any
+    run: Run, data: str, source: Path, adam: tuple[int, float, float], checkpoint_every: int, **options: Any
 ) -> tuple[DistillConfig, Any, Any, dict[str, Any]]:
     seed = (run.seeds or (0,))[0]
-    config = DistillConfig(**options, train=TrainConfig(epochs, lr, seed=seed, checkpoint_every=checkpoint_every))
+    config = DistillConfig(**options, train=TrainConfig(*adam, seed, checkpoint_every=checkpoint_every))
     if not source.is_dir():
         raise InputError(f"expected the folder of a trained teacher, got {str(source)!r}")
     dataset, split, facts = _run_data(data, source)
@@ -200,14 +212,17 @@ def predict(
     features: Annotated[Path, typer.Argument(help="rows to classify: .npy, .npz or .csv")],
     student: Folder = None,
 ) -> dict:
-    """Classify rows of features with a student; no hypergraph is needed."""
+    """Classify rows of features with a student, or label them; no hypergraph is needed."""
     model = exports.load_student(student or run.out)
     probabilities = model.predict_proba(jobs.read_features(features))
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["row", "class", *(f"p{c}" for c in range(probabilities.shape[1]))])
+    multilabel = model.config["multilabel"]
+    writer.writerow(["row", "labels" if multilabel else "class", *(f"p{c}" for c in range(probabilities.shape[1]))])
     for number, row in enumerate(probabilities.tolist()):
-        writer.writerow([number, max(range(len(row)), key=row.__getitem__), *(f"{p:.6f}" for p in row)])
+        labels = " ".join(str(c) for c, p in enumerate(row) if p > 0.5)
+        guess = labels if multilabel else max(range(len(row)), key=row.__getitem__)
+        writer.writerow([number, guess, *(f"{p:.6f}" for p in row)])
     run.out.mkdir(parents=True, exist_ok=True)
     path = run.out / "predictions.csv"
     atomic_write(path, text.getvalue().encode())
@@ -272,7 +287,9 @@ def convert(
     run: Run,
     source: Annotated[Path, typer.Argument(help="HyperGCN folder, Planetoid prefix, HIF .json, or an edge list")],
     features: Annotated[Path | None, Opt(help="rows of features beside HIF or an edge list")] = None,
-    labels: Annotated[Path | None, Opt(help="labels beside them, a whole number a line, -1 unknown")] = None,
+    labels: Annotated[
+        Path | None, Opt(help="labels: a whole number a line, -1 unknown; or .npy, also N x C of 0 and 1")
+    ] = None,
     normalize: Annotated[bool, Opt("--normalize", help="divide rows of features by their sum")] = False,
 ) -> dict:
     """Make the npz that the other verbs read; old pickles are read without unpickling."""

@@ -24,7 +24,7 @@ SCORE_RANGE = (0.001, 5.0)
 
 
 class Convolution(nn.Module):
-    """theta, `propagate`, then (unless `last`) activation, batch norm and dropout."""
+    """`convolve`: theta, then `propagate`; then (unless `last`) activation, batch norm and dropout."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, dropout: float = 0.5, batch_norm: bool = False, last: bool = False
@@ -34,15 +34,19 @@ class Convolution(nn.Module):
         self.theta = SparseLinear(in_channels, out_channels)
         self.act: nn.Module = nn.ReLU()
         self.bn = nn.BatchNorm1d(out_channels) if batch_norm else None
-        self.drop = nn.Dropout(dropout)
+        self.drop: nn.Module = nn.Dropout(dropout)
 
     def propagate(self, X: Float[Tensor, "N out"], structure: Any) -> Float[Tensor, "T out"]:
         """The smoothing, after the linear map."""
         raise NotImplementedError
 
+    def convolve(self, X: Features, structure: Any) -> Float[Tensor, "T out"]:
+        """What stands before the activation."""
+        return self.propagate(self.theta(X), structure)
+
     def forward(self, X: Features, structure: Any) -> Float[Tensor, "T out"]:
         """`X`: N x in features, dense or sparse."""
-        hidden = self.propagate(self.theta(X), structure)
+        hidden = self.convolve(X, structure)
         if self.last:
             return hidden
         hidden = self.act(hidden)
@@ -74,15 +78,9 @@ class HNHNConv(Convolution):
         del self.theta
         self.theta_e2v = nn.Linear(out_channels, out_channels)
 
-    def forward(self, X: Features, structure: Structure) -> Float[Tensor, "T out"]:
+    def convolve(self, X: Features, structure: Structure) -> Float[Tensor, "T out"]:
         edges = self.act(structure.v2e(self.theta_v2e(X), "mean", weighted=True))
-        hidden = structure.e2v(self.theta_e2v(edges), "mean")
-        if self.last:
-            return hidden
-        hidden = self.act(hidden)
-        if self.bn is not None:
-            hidden = self.bn(hidden)
-        return self.drop(hidden)
+        return structure.e2v(self.theta_e2v(edges), "mean")
 
 
 class UniGCNConv(Convolution):
@@ -116,7 +114,7 @@ class UniGINConv(UniSAGEConv):
 
 
 class UniGATConv(Convolution):
-    """Attention of a vertex over its hyperedges, `heads` of them side by side; ELU, no dropout after it.
+    """Attention of a vertex over its hyperedges, `heads` of them side by side; ELU; dropout of the scores alone.
 
     Score LeakyReLU_0.2(a_e^T y_e + a_v^T x_v), clamped to `SCORE_RANGE`, softmax over the vertex's hyperedges.
     """
@@ -135,7 +133,7 @@ class UniGATConv(Convolution):
         self.heads, self.width = heads, out_channels
         self.atten_e = _head_vectors(heads, out_channels)
         self.atten_dst = _head_vectors(heads, out_channels)
-        self.act = nn.ELU()
+        self.act, self.drop, self.drop_scores = nn.ELU(), nn.Identity(), nn.Dropout(dropout)
 
     def propagate(self, X: Float[Tensor, "N out"], structure: Structure) -> Float[Tensor, "T out"]:
         Y = structure.v2e(X, "mean", weighted=True)
@@ -144,13 +142,6 @@ class UniGATConv(Convolution):
         by_edge = _head_scores(Y, self.atten_e)[paths.indices]
         scores = by_edge + _head_scores(structure.targets(X), self.atten_dst)[rows]
         return _attend(scores, Y, paths, rows, self)
-
-    def forward(self, X: Features, structure: Any) -> Float[Tensor, "T out"]:
-        hidden = self.propagate(self.theta(X), structure)
-        if self.last:
-            return hidden
-        hidden = self.act(hidden)
-        return hidden if self.bn is None else self.bn(hidden)
 
 
 class GCNConv(Convolution):
@@ -187,7 +178,7 @@ def _head_scores(X: Tensor, vectors: Tensor) -> Tensor:
 
 def _attend(scores: Tensor, values: Tensor, paths: Any, rows: Tensor, layer: UniGATConv) -> Tensor:
     """Sums of `values` along `paths`, weighted by the softmax of `scores` (paths x heads) within each row."""
-    scores = layer.drop(nn.functional.leaky_relu(scores, 0.2)).clamp(*SCORE_RANGE)
+    scores = layer.drop_scores(nn.functional.leaky_relu(scores, 0.2)).clamp(*SCORE_RANGE)
     weights = scores.exp()
     total = weights.new_zeros(paths.shape[0], layer.heads).index_add(0, rows, weights)
     messages = values[paths.indices].view(-1, layer.heads, layer.width) * weights.unsqueeze(2)

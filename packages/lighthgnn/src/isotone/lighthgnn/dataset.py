@@ -18,6 +18,7 @@ from torch import Tensor
 from isotone.lighthgnn.features import Features, as_features, l1_normalize
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.outputs import check_label_sets
 from isotone.lighthgnn.settings import check_labels
 from isotone.lighthgnn.sparse import SparseMatrix
 from isotone.shared import data
@@ -27,6 +28,7 @@ from isotone.shared.errors import InputError
 KNOWN = {
     "coauthorship-cora": "hypergraphs/coauthorship-cora.npz",
     "cocitation-cora": "hypergraphs/cocitation-cora.npz",
+    "cocitation-citeseer": "hypergraphs/cocitation-citeseer.npz",
     "cora": "graphs/planetoid-cora.npz",
     "citeseer": "graphs/planetoid-citeseer.npz",
 }
@@ -37,12 +39,14 @@ KNOWN = {
 class Dataset:
     """N vertices with features (N x d) and labels (below 0: unknown), and E hyperedges without empty ones.
 
+    `y`: N classes, or N x C zeros and ones where a vertex may have any number of labels.
+
     `graph` is there where the hyperedges were made of a graph. `source`: name and SHA-256 for the results.
     """
 
     name: str
     X: Features
-    y: Int[Tensor, " N"]
+    y: Int[Tensor, N * C]
     hypergraph: Hypergraph
     graph: Graph | None = None
     source: dict[str, str] | None = None
@@ -50,7 +54,12 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         """C."""
-        return int(self.y.max()) + 1
+        return int(self.y.shape[1]) if self.multilabel else int(self.y.max()) + 1
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a vertex may have any number of labels."""
+        return self.y.ndim == 2
 
     def to(self, device: str | torch.device) -> Dataset:
         """The same data set on `device`."""
@@ -85,7 +94,7 @@ def make_dataset(
 ) -> Dataset:
     """A checked data set; `InputError` where the numbers of vertices differ."""
     features = as_features(X)
-    labels = torch.from_numpy(check_labels(y))
+    labels = torch.from_numpy(check_label_sets(y) if np.ndim(y) == 2 else check_labels(y))
     if not features.shape[0] == len(labels) == hypergraph.num_vertices:
         sizes = f"{features.shape[0]} rows of features, {len(labels)} labels and {hypergraph.num_vertices} vertices"
         raise InputError(f"expected equal numbers, got {sizes}")

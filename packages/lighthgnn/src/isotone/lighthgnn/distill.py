@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from isotone.lighthgnn.features import Features, take_rows
 from isotone.lighthgnn.hypergraph import Hypergraph
-from isotone.lighthgnn.losses import KD_LOSSES, TARGETS, HighOrderConstraint, cross_entropy, kd_loss
+from isotone.lighthgnn.losses import KD_LOSSES, TARGETS, HighOrderConstraint, kd_loss
+from isotone.lighthgnn.outputs import agreement, cross_entropy, probabilities
 from isotone.lighthgnn.reliability import SAMPLINGS, sample_hyperedges
 from isotone.lighthgnn.sparse import SparseMatrix, row_positions
 from isotone.lighthgnn.student import LightMLP
@@ -54,16 +55,16 @@ class DistillConfig:
             raise InputError(f"expected batch_size to be at least 2, got {self.batch_size}")
         self.constraint()
 
-    def constraint(self) -> HighOrderConstraint:
+    def constraint(self, multilabel: bool = False) -> HighOrderConstraint:
         """L_hc as configured; raises `InputError` on tau <= 0."""
-        return HighOrderConstraint(self.tau, self.target, self.kd_loss)
+        return HighOrderConstraint(self.tau, self.target, self.kd_loss, multilabel)
 
 
 def train_teacher(
     teacher: nn.Module,
     X: Features,
     structure: Any,
-    y: Int[Tensor, " N"],
+    y: Int[Tensor, N * C],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: TrainConfig | None = None,
@@ -72,14 +73,18 @@ def train_teacher(
     resume: bool = True,
     on_epoch: OnEpoch = lambda epoch, accuracy: None,
 ) -> History:
-    """Cross-entropy on `train`, full batch, validated each epoch on `val` (section 2.2); trains in place."""
+    """Cross-entropy on `train`, full batch, validated each epoch on `val` (section 2.2); trains in place.
+
+    `y`: N classes; or N x C zeros and ones, which a vertex may have any number of: then a sigmoid's cross-entropy,
+    validated by micro F1.
+    """
     labels, targets = y[train], y[val]
 
     def losses(epoch: int) -> Iterator[Tensor]:
         yield cross_entropy(teacher(X, structure)[train], labels)
 
     def validate() -> float:
-        return accuracy(teacher(X, structure)[val], targets)
+        return agreement(teacher(X, structure)[val], targets)
 
     key = {"model": type(teacher).__name__, "data": fingerprint(X, y, train, val)}
     return fit(
@@ -91,7 +96,7 @@ def train_teacher(
 def distill(
     student: LightMLP,
     X: Features,
-    y: Int[Tensor, " N"],
+    y: Int[Tensor, N * C],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: DistillConfig | None = None,
@@ -105,11 +110,13 @@ def distill(
 ) -> History:
     """L = lambda CE + (1 - lambda) (KL + L_hc) over the observed vertices (section 2.5, step 9); trains in place.
 
-    `teacher`: its class probabilities. `hypergraph`, `rho` (E): needed for `plus` alone. With lambda = 1 nothing of
-    the teacher is touched: that is the plain MLP. Raises `InputError` on a teacher that is missing, of another
-    number of vertices, or not finite.
+    `teacher`: its probabilities. `y` is N x C where the student is `multilabel`. `hypergraph`, `rho` (E): needed for
+    `plus` alone. With lambda = 1 nothing of the teacher is touched: that is the plain MLP. Raises `InputError` on a
+    teacher that is missing, of another number of vertices, or not finite.
     """
     config = config or DistillConfig()
+    if student.config["multilabel"] != (y.ndim == 2):
+        raise InputError(f"expected N x C labels for a multilabel student and N classes else, got {tuple(y.shape)}")
     if config.lam < 1:
         _check_teacher(teacher, X, student)
         if config.plus and (hypergraph is None or rho is None):
@@ -118,7 +125,7 @@ def distill(
     X_val, targets = take_rows(X, val), y[val]
 
     def validate() -> float:
-        return accuracy(student(X_val), targets)
+        return agreement(student(X_val), targets)
 
     key: dict[str, Any] = {
         "distill": dataclasses.asdict(config),
@@ -149,7 +156,8 @@ class _Objective:
     ) -> None:
         self.student, self.X, self.y, self.train, self.config = student, X, y, train, config
         self.teacher, self.hypergraph, self.rho = teacher, hypergraph, rho
-        self.constraint = config.constraint()
+        self.multilabel = bool(student.config["multilabel"])
+        self.constraint = config.constraint(self.multilabel)
         self.learns_edges = config.plus and config.lam < 1
         # z^t of every hyperedge, once for the whole training
         self.means = hypergraph.v2e(teacher) if self.learns_edges else None  # type: ignore[union-attr, arg-type]
@@ -179,11 +187,14 @@ class _Objective:
             loss = loss + lam * cross_entropy(logits[self.train], self.labels)
         if lam < 1:
             assert self.teacher is not None
-            loss = loss + (1 - lam) * kd_loss(logits, self.teacher, self.config.kd_loss)
+            loss = loss + (1 - lam) * self._soft(logits, self.teacher)
         if drawn is not None:
             assert self.means is not None and self.hypergraph is not None
             loss = loss + (1 - lam) * self.constraint(logits, self.means, self.hypergraph, drawn)
         return loss
+
+    def _soft(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss(logits, teacher, self.config.kd_loss, self.multilabel)
 
     def _batches(self, epoch: int, size: int, drawn: Tensor | None) -> Iterator[Tensor]:
         """Steps over a random order of the vertices; the drawn hyperedges are dealt out to them evenly."""
@@ -220,11 +231,11 @@ class _Objective:
             loss = loss + lam * cross_entropy(logits[chosen], labels)
         if lam < 1:
             assert self.teacher is not None
-            loss = loss + (1 - lam) * kd_loss(logits[: len(batch)], self.teacher[batch], self.config.kd_loss)
+            loss = loss + (1 - lam) * self._soft(logits[: len(batch)], self.teacher[batch])
         if structure is not None:
             assert self.means is not None and edges is not None
             into, sizes = structure
-            means = (into @ logits[: into.shape[1]].softmax(1)) / sizes.unsqueeze(1)
+            means = (into @ probabilities(logits[: into.shape[1]], self.multilabel)) / sizes.unsqueeze(1)
             loss = loss + (1 - lam) * self.constraint.divergences(means, self.means[edges]).mean()
         return loss
 
@@ -239,11 +250,6 @@ def _with_members(batch: Tensor, edges: Tensor, hypergraph: Hypergraph) -> tuple
     number[new] = torch.arange(len(batch), len(batch) + len(new), device=batch.device)
     vertices = torch.cat((batch, new))
     return vertices, (SparseMatrix(indptr, number[members], None, len(vertices)), hypergraph.edge_size[edges])
-
-
-def accuracy(logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> float:
-    """The share of rows whose largest entry is the label's."""
-    return float((logits.argmax(1) == labels).float().mean())
 
 
 def fingerprint(X: Features, y: Tensor, *index: Tensor) -> str:

@@ -13,9 +13,10 @@ from sklearn.utils.validation import check_is_fitted
 from isotone.lighthgnn.distill import DistillConfig, distill, train_teacher
 from isotone.lighthgnn.features import as_features
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.outputs import check_label_sets, is_known
 from isotone.lighthgnn.reliability import reliable_hyperedge_scores
 from isotone.lighthgnn.student import LightMLP
-from isotone.lighthgnn.teachers import make_teacher, predict_proba
+from isotone.lighthgnn.teachers import calibrated_temperature, make_teacher, predict_proba
 from isotone.lighthgnn.training import TrainConfig, seeded
 from isotone.shared.errors import InputError
 
@@ -25,7 +26,8 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
 
     `fit(X, hyperedges, y)` then `predict(X_new)`. `teacher`: a name of `TEACHERS`, or a module that is called with
     (X, hypergraph) and gives logits, trained here in place. `plus`: LightHGNN+. Other parameters as in
-    `DistillConfig`, `TrainConfig` and `reliable_hyperedge_scores`; `val_share`: the share of each class's labels
+    `DistillConfig`, `TrainConfig` and `reliable_hyperedge_scores`; `calibrate_teacher`: scores at the temperature that
+    fits the teacher to the validation labels. `val_share`: the share of each class's labels
     that is held out to choose the epoch, where `val_idx` is not given.
 
     After fitting: `classes_`, `student_` (a `LightMLP`), `teacher_`, `rho_` (a score for each of `hypergraph_`'s
@@ -46,6 +48,8 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         noise_level: float = 1.0,
         noise_samples: int = 5,
         normalize_scores: str = "max",
+        change: str = "mean",
+        calibrate_teacher: bool = False,
         teacher_hidden: int = 32,
         student_hidden: int = 128,
         student_layers: int = 2,
@@ -70,6 +74,8 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         self.noise_level = noise_level
         self.noise_samples = noise_samples
         self.normalize_scores = normalize_scores
+        self.change = change
+        self.calibrate_teacher = calibrate_teacher
         self.teacher_hidden = teacher_hidden
         self.student_hidden = student_hidden
         self.student_layers = student_layers
@@ -86,8 +92,9 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
     def fit(self, X: Any, hyperedges: Any, y: Any, train_idx: Any = None, val_idx: Any = None) -> LightHGNN:
         """Train teacher and student on all rows of `X` (N x d; NumPy, scipy sparse or tensor).
 
-        `hyperedges`: a `Hypergraph`, lists of rows, or (row, hyperedge) index arrays. `y`: N labels of any kind;
-        where `train_idx` is not given, -1 or None marks the unlabelled rows. Labels outside `train_idx` and
+        `hyperedges`: a `Hypergraph`, lists of rows, or (row, hyperedge) index arrays. `y`: N labels of any kind, or
+        N x C zeros and ones where a row may have any number of labels; where `train_idx` is not given, -1 or None
+        (a row of -1) marks the unlabelled rows. Labels outside `train_idx` and
         `val_idx` are never looked at. Raises `InputError` on bad input.
         """
         features = as_features(X).to(self.device)
@@ -102,11 +109,14 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         parts = (torch.from_numpy(train).to(self.device), torch.from_numpy(val).to(self.device))
         config = self._config()
         with seeded(self.seed):
-            teacher = self._make_teacher(features.shape[1]).to(self.device)
+            teacher = self._make_teacher(features.shape[1], encoded.ndim == 2).to(self.device)
         self.teacher_history_ = train_teacher(teacher, features, hypergraph, labels, *parts, config.train)
-        probabilities = predict_proba(teacher, features, hypergraph)
+        multilabel = labels.ndim == 2
+        probabilities = predict_proba(teacher, features, hypergraph, multilabel)
         rho = None
         if self.plus:
+            fitted = (teacher, features, hypergraph, labels, parts[1])
+            temperature = calibrated_temperature(*fitted) if self.calibrate_teacher else 1.0
             rho = reliable_hyperedge_scores(
                 teacher,
                 features,
@@ -115,6 +125,9 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
                 level=self.noise_level,
                 samples=self.noise_samples,
                 normalize=self.normalize_scores,
+                change=self.change,
+                temperature=temperature,
+                multilabel=multilabel,
                 generator=torch.Generator().manual_seed(self.seed),
             )
         with seeded(self.seed):
@@ -125,6 +138,7 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
                 layers=self.student_layers,
                 dropout=self.dropout,
                 batch_norm=self.batch_norm,
+                multilabel=multilabel,
             ).to(self.device)
         self.student_history_ = distill(
             *(student, features, labels, *parts, config), teacher=probabilities, hypergraph=hypergraph, rho=rho
@@ -135,18 +149,19 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities of rows of features, without any hypergraph."""
-        check_is_fitted(self, "student_")
-        return self.student_.predict_proba(X).cpu().numpy()
+        """Probabilities of each class, or of each label by itself, from rows of features alone."""
+        return _fitted_student(self).predict_proba(X).cpu().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of each row, one of `classes_`."""
+        """The most probable class of each row, one of `classes_`; or zeros and ones (B x C) of label sets."""
+        if _fitted_student(self).config["multilabel"]:
+            return (self.predict_proba(X) > 0.5).astype(np.int64)
         return self.classes_[self.predict_proba(X).argmax(1)]
 
-    def _make_teacher(self, in_channels: int) -> Any:
+    def _make_teacher(self, in_channels: int, multilabel: bool) -> Any:
         if not isinstance(self.teacher, str):
             return self.teacher
-        options = {"hidden": self.teacher_hidden, "dropout": self.dropout}
+        options = {"hidden": self.teacher_hidden, "dropout": self.dropout, "multilabel": multilabel}
         return make_teacher(self.teacher, in_channels, len(self.classes_), **options)
 
     def _config(self) -> DistillConfig:
@@ -155,7 +170,7 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         return DistillConfig(**{name: getattr(self, name) for name in names}, train=TrainConfig(**own))
 
     def _split(self, y: np.ndarray, train_idx: Any, val_idx: Any) -> tuple[np.ndarray, np.ndarray]:
-        train = _index(train_idx, y, "train_idx") if train_idx is not None else np.flatnonzero(y >= 0)
+        train = _index(train_idx, y, "train_idx") if train_idx is not None else np.flatnonzero(is_known(y))
         if val_idx is not None:
             val = _index(val_idx, y, "val_idx")
             train = train if train_idx is not None else np.setdiff1d(train, val)
@@ -164,8 +179,9 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
                 raise InputError(f"expected val_share between 0 and 1, got {self.val_share}")
             source = np.random.default_rng(self.seed)
             held: list[Any] = []
-            for label in np.unique(y[train]):
-                members = source.permutation(train[y[train] == label])
+            groups = y[train] if y.ndim == 1 else np.zeros(len(train))  # label sets are drawn from as a whole
+            for label in np.unique(groups):
+                members = source.permutation(train[groups == label])
                 held.append(members[: max(1, round(self.val_share * len(members)))] if len(members) > 1 else [])
             val = np.sort(np.concatenate(held)).astype(np.int64)
             train = np.setdiff1d(train, val)
@@ -189,9 +205,17 @@ class LightHGNNClassifier(LightHGNN):
         return self
 
 
+def _fitted_student(model: LightHGNN) -> LightMLP:
+    """The student; scikit-learn's `NotFittedError` before `fit`."""
+    check_is_fitted(model, "student_")
+    return model.student_
+
+
 def _encode(y: Any, num_vertices: int, train_idx: Any, val_idx: Any) -> tuple[np.ndarray, np.ndarray]:
     """The classes, and their numbers, -1 where unlabelled or not to be looked at."""
     labels = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    if labels.ndim == 2 and len(labels) == num_vertices:
+        return np.arange(labels.shape[1]), check_label_sets(labels)
     if labels.shape != (num_vertices,):
         raise InputError(f"expected {num_vertices} labels, one a row of X, got shape {labels.shape}")
     if labels.dtype == object:
@@ -221,6 +245,6 @@ def _index(index: Any, y: np.ndarray, name: str) -> np.ndarray:
     rows = np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index, dtype=np.int64).ravel()
     if len(rows) and (rows.min() < 0 or rows.max() >= len(y)):
         raise InputError(f"expected {name} from 0 to {len(y) - 1}, got {rows.min()} to {rows.max()}")
-    if (y[rows] < 0).any():
-        raise InputError(f"expected a label for every row of {name}, row {rows[y[rows] < 0][0]} has none")
+    if not (known := is_known(y[rows])).all():
+        raise InputError(f"expected a label for every row of {name}, row {rows[~known][0]} has none")
     return np.unique(rows)

@@ -51,7 +51,7 @@ def load_teacher(folder: str | os.PathLike[str]) -> Teacher:
 
 
 class _Probabilities(nn.Module):
-    """A folded student with its temperature and softmax: what is exported."""
+    """A folded student with its temperature, and softmax or sigmoids: what is exported."""
 
     def __init__(self, student: LightMLP) -> None:
         super().__init__()
@@ -64,6 +64,7 @@ class _Probabilities(nn.Module):
             linears[-1].weight.div_(folded.temperature)
             linears[-1].bias.div_(folded.temperature)
         self.hidden, self.out = nn.ModuleList(linears[:-1]), linears[-1]
+        self.multilabel = bool(student.config["multilabel"])
 
     @property
     def maps(self) -> list[Any]:
@@ -73,7 +74,8 @@ class _Probabilities(nn.Module):
     def forward(self, X: Float[Tensor, "B d"]) -> Float[Tensor, "B C"]:
         for linear in self.hidden:
             X = linear(X).relu()
-        return self.out(X).softmax(1)
+        logits = self.out(X)
+        return logits.sigmoid() if self.multilabel else logits.softmax(1)
 
 
 def export_torch(student: LightMLP, path: str | os.PathLike[str]) -> Path:
@@ -88,7 +90,7 @@ def export_torch(student: LightMLP, path: str | os.PathLike[str]) -> Path:
 
 
 def export_onnx(student: LightMLP, path: str | os.PathLike[str], int8: bool = False) -> Path:
-    """Write ONNX: Gemm and Relu, then Softmax; input "X" (batch x d), output "probabilities" (batch x C).
+    """Write ONNX: Gemm and Relu, then Softmax or Sigmoid; input "X" (batch x d), output "probabilities" (batch x C).
 
     `int8`: weights at 8 bits, one scale an output (symmetric), a quarter of the bytes; they are multiplied out to
     float32 when the model is loaded. Needs the extra `onnx`.
@@ -119,7 +121,10 @@ def export_onnx(student: LightMLP, path: str | os.PathLike[str], int8: bool = Fa
             nodes.append(helper.make_node("Relu", [output], [f"active{number}"]))
             output = f"active{number}"
         current = output
-    nodes.append(helper.make_node("Softmax", [current], ["probabilities"], axis=1))
+    if student.config["multilabel"]:
+        nodes.append(helper.make_node("Sigmoid", [current], ["probabilities"]))
+    else:
+        nodes.append(helper.make_node("Softmax", [current], ["probabilities"], axis=1))
     sizes = int(student.config["in_channels"]), int(student.config["num_classes"])
     graph = helper.make_graph(
         nodes,

@@ -20,7 +20,7 @@ from isotone.lighthgnn.dataset import KNOWN, Dataset, digits_knn, known_dataset,
 from isotone.lighthgnn.features import Features, as_features, blend_noise, l1_normalize, take_rows
 from isotone.lighthgnn.settings import Split, local_ids, observed_hypergraph
 from isotone.lighthgnn.synthetic import make_synthetic
-from isotone.lighthgnn.teachers import predict_proba
+from isotone.lighthgnn.teachers import is_multilabel, predict_proba
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
@@ -128,7 +128,8 @@ def _loaded(path: Path) -> Any:
 def convert(source: Path, features: Path | None, labels: Path | None, normalize: bool) -> Dataset:
     """A data set from a HyperGCN folder, a Planetoid prefix, a HIF file or an edge list.
 
-    HIF (.json) and edge lists need `features` and `labels` (a whole number a line, -1 where unknown).
+    HIF (.json) and edge lists need `features` and `labels` (a whole number a line, -1 where unknown; or, in .npy,
+    N numbers or N x C zeros and ones).
     """
     if source.is_dir():
         return readers.read_hypergcn(source, normalize)
@@ -144,8 +145,14 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
     else:
         hypergraph = readers.read_edge_list(source, X.shape[0])
     try:
-        y = np.array([int(word) for word in labels.read_text(encoding="utf-8").split()])
+        y = (
+            _loaded(labels)
+            if labels.suffix == ".npy"
+            else np.array([int(word) for word in labels.read_text(encoding="utf-8").split()])
+        )
     except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"expected a whole number a line in {str(labels)!r}: {error}") from None
     made = make_dataset(source.stem, X, y, hypergraph)
     return dataclasses.replace(made, X=l1_normalize(made.X)) if normalize else made
@@ -154,17 +161,25 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
 def teacher_scores(teacher: Any, data: Dataset, split: Split) -> dict[str, dict[str, float]]:
     """`scores` of a teacher: observed vertices by what was observed of the hypergraph, others by all (section 2.6)."""
     structure = data.graph if teacher.on_graph and data.graph is not None else data.hypergraph.add_singletons()
-    guesses = predict_proba(teacher, data.X, structure).argmax(1)
+    guesses = _guesses(teacher, data.X, structure)
     found = scores(guesses, data.y, split)
     if len(split.test_ind) and len(split.test_tran):
         seen = observe(data, split, teacher.on_graph)
-        guesses[split.observed] = predict_proba(teacher, seen.X, seen.structure).argmax(1)
+        guesses[split.observed] = _guesses(teacher, seen.X, seen.structure)
         found["trans"] = scores(guesses, data.y, split)["trans"]
     return found
 
 
+def _guesses(teacher: Any, X: Features, structure: Any) -> Tensor:
+    found = predict_proba(teacher, X, structure)
+    return (found > 0.5).long() if is_multilabel(teacher) else found.argmax(1)
+
+
 def scores(predictions: Tensor, y: Tensor, split: Split) -> dict[str, dict[str, float]]:
-    """Accuracy, macro and micro F1 in per cent, on each part of the test set that has vertices."""
+    """Accuracy, macro and micro F1 in per cent, on each part of the test set that has vertices.
+
+    The accuracy of label sets is the share of vertices with all labels right.
+    """
     from sklearn.metrics import f1_score
 
     found = {}
@@ -174,10 +189,11 @@ def scores(predictions: Tensor, y: Tensor, split: Split) -> dict[str, dict[str, 
     for name, ids in parts.items():
         if len(ids):
             truth, guess = y[ids].numpy(), predictions[ids].numpy()
+            right = truth == guess
             found[name] = {
-                "accuracy": 100 * float((truth == guess).mean()),
-                "macro_f1": 100 * float(f1_score(truth, guess, average="macro")),
-                "micro_f1": 100 * float(f1_score(truth, guess, average="micro")),
+                "accuracy": 100 * float((right if right.ndim == 1 else right.all(1)).mean()),
+                "macro_f1": 100 * float(f1_score(truth, guess, average="macro", zero_division=0)),
+                "micro_f1": 100 * float(f1_score(truth, guess, average="micro", zero_division=0)),
             }
     return found
 

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isotone.lighthgnn.distill import DistillConfig, accuracy
+from isotone.lighthgnn.distill import DistillConfig
 from isotone.lighthgnn.features import Features, perturb, take_rows
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.losses import kd_loss
-from isotone.lighthgnn.reliability import normalize_scores, prediction_entropy
+from isotone.lighthgnn.outputs import agreement, entropy
+from isotone.lighthgnn.reliability import normalize_scores
 from isotone.lighthgnn.student import LightMLP
 from isotone.lighthgnn.teachers import Teacher, predict_proba
 from isotone.lighthgnn.training import History, epoch_seed, fit
@@ -32,11 +33,11 @@ def vertex_reliability(
     rho_v is the mean squared change of the vertex's entropy under noise, over level^2 (a constant of the scores).
     """
     generator = torch.Generator().manual_seed(seed)
-    clean = prediction_entropy(predict_proba(teacher, X, graph))
+    clean = entropy(predict_proba(teacher, X, graph))
     total = torch.zeros_like(clean)
     for _ in range(samples):
         noisy = perturb(X, "multiplicative", level, generator)
-        total += (prediction_entropy(predict_proba(teacher, noisy, graph)) - clean).square()
+        total += (entropy(predict_proba(teacher, noisy, graph)) - clean).square()
     return normalize_scores(total / samples)
 
 
@@ -64,9 +65,9 @@ def distill_from_vertices(
         counts = torch.zeros(len(y), device=X.device).index_add(0, rows, weights)
         # sum_u KL(p_u || p_v) is linear in p_u but for its entropy: no row of classes is gathered for a path
         targets = paths.with_values(weights) @ teacher
-        entropies = paths.with_values(weights) @ (-prediction_entropy(teacher)).unsqueeze(1)
+        entropies = paths.with_values(weights) @ (-entropy(teacher)).unsqueeze(1)
         sums = entropies.squeeze(1) - (targets * log_student).sum(1)
         yield kd_loss(logits, teacher, config.kd_loss) + (sums / counts.clamp(min=1)).mean()
 
     X_val = take_rows(X, val)
-    return fit(student, losses, lambda: accuracy(student(X_val), y[val]), config.train)
+    return fit(student, losses, lambda: agreement(student(X_val), y[val]), config.train)

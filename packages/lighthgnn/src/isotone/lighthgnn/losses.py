@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.outputs import log_probabilities, outcomes, probabilities
 from isotone.lighthgnn.structure import Structure
 from isotone.shared.errors import InputError
 
@@ -22,23 +21,27 @@ SMALLEST = 1e-30
 """Below this a probability's logarithm is not taken: a normal float32, far from where it matters."""
 
 
-def kd_loss(logits: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], kind: str = "kl") -> Float[Tensor, ""]:
+def kd_loss(
+    logits: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], kind: str = "kl", multilabel: bool = False
+) -> Float[Tensor, ""]:
     """The mean over vertices of KL(p^t || p^s) (section 2.4).
 
     `logits`: the student's; `teacher`: probabilities. `kind` "official" is the term of the authors' code, which
     hands probabilities to a function that expects their logarithms: sum_c exp(p^t_c) (p^t_c - log p^s_c). Its
-    minimiser is softmax(p^t), an almost flat target: the teacher's argmax without its confidence.
+    minimiser is softmax(p^t), an almost flat target: the teacher's argmax without its confidence. `multilabel`: a
+    sum over labels, each a distribution of two outcomes.
     """
-    return _divergence(logits.float().log_softmax(1), teacher, kind).mean()
+    log_student = log_probabilities(logits.float(), multilabel)
+    return _divergence(log_student, outcomes(teacher, multilabel), kind).mean()
 
 
 def _divergence(log_student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     if kind == "kl":
         # xlogy twice, not a difference of logarithms: 0 log 0 = 0 in value and gradient
-        return (torch.special.xlogy(teacher, teacher) - teacher * log_student).sum(1)
+        return (torch.special.xlogy(teacher, teacher) - teacher * log_student).flatten(1).sum(1)
     if kind != "official":
         raise InputError(f"expected kd_loss of {', '.join(KD_LOSSES)}, got {kind!r}")
-    return (teacher.exp() * (teacher - log_student)).sum(1)
+    return (teacher.exp() * (teacher - log_student)).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class HighOrderConstraint:
     """L_hc (steps 7, 8): the student's mean prediction on a hyperedge matches the teacher's.
 
     `target` "mean_prob" compares z^{1/tau} / sum z^{1/tau} (at tau 1 the means z themselves); "softmax" compares
-    softmax(z / tau), the paper's alpha. `kind` as in `kd_loss`, where "official" has tau divide both means.
+    softmax(z / tau), the paper's alpha. `kind` as in `kd_loss`, where "official" has tau divide both means. With
+    `multilabel` z is the two outcomes of each label.
     """
 
     tau: float = 1.0
     target: str = "mean_prob"
     kind: str = "kl"
+    multilabel: bool = False
 
     def __post_init__(self) -> None:
         if not (self.tau > 0 and self.tau < float("inf")):
@@ -65,16 +70,17 @@ class HighOrderConstraint:
         self, student_means: Float[Tensor, "E C"], teacher_means: Float[Tensor, "E C"]
     ) -> Float[Tensor, " E"]:
         """The divergence on each hyperedge, from the means z of the probabilities."""
+        student_means, teacher_means = (outcomes(z, self.multilabel) for z in (student_means, teacher_means))
         if self.kind == "official":
             student_log = (student_means / self.tau).clamp(min=SMALLEST).log()
             return _divergence(student_log, teacher_means / self.tau, "official")
         if self.target == "softmax":
-            return _divergence((student_means / self.tau).log_softmax(1), (teacher_means / self.tau).softmax(1), "kl")
+            return _divergence((student_means / self.tau).log_softmax(-1), (teacher_means / self.tau).softmax(-1), "kl")
         student_log = student_means.clamp(min=SMALLEST).log() / self.tau
         teacher_log = teacher_means.clamp(min=SMALLEST).log() / self.tau
         if self.tau == 1:
             return _divergence(student_log, teacher_means, "kl")
-        return _divergence(student_log.log_softmax(1), teacher_log.softmax(1), "kl")
+        return _divergence(student_log.log_softmax(-1), teacher_log.softmax(-1), "kl")
 
     def __call__(
         self,
@@ -88,16 +94,6 @@ class HighOrderConstraint:
         `teacher_means`: v2e_mean(p^t), computed once for the whole training.
         """
         count = drawn.sum()
-        means = structure.v2e(logits.float().softmax(1), "mean")
+        means = structure.v2e(probabilities(logits, self.multilabel), "mean")
         each = self.divergences(means, teacher_means)
         return (each * drawn).sum() / count.clamp(min=1)
-
-
-def cross_entropy(logits: Float[Tensor, "B C"], labels: Tensor) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the labelled vertices (labels of 0..C-1)."""
-    return F.cross_entropy(logits.float(), labels)
-
-
-def hyperedge_means(probabilities: Float[Tensor, "N C"], hypergraph: Hypergraph) -> Float[Tensor, "E C"]:
-    """z_e, the mean prediction of each hyperedge (step 7)."""
-    return hypergraph.v2e(probabilities, "mean")

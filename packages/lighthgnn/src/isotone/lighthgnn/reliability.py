@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from isotone.lighthgnn.features import Features, perturb
 from isotone.lighthgnn.hypergraph import Hypergraph
-from isotone.lighthgnn.teachers import predict_proba
+from isotone.lighthgnn.outputs import entropy
+from isotone.lighthgnn.teachers import is_multilabel, predict_proba
 from isotone.shared.errors import InputError
 
 SAMPLINGS = ("reliability", "uniform", "all")
-
-
-def prediction_entropy(probabilities: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
-    """h_v = -sum_c p_vc log p_vc in nats, with 0 log 0 = 0 (step 1)."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(1)
+CHANGES = ("mean", "vertices")
 
 
 @torch.no_grad()
@@ -34,26 +31,42 @@ def reliable_hyperedge_scores(
     level: float = 1.0,
     samples: int = 1,
     normalize: str = "max",
+    change: str = "mean",
+    temperature: float = 1.0,
     generator: torch.Generator | None = None,
     structure: Any = None,
+    multilabel: bool | None = None,
 ) -> Float[Tensor, " E"]:
     """rho_e in [0, 1] for each hyperedge (steps 1 to 5): 1 where noise leaves its mean entropy as it is.
 
     delta_e = | mean_e h~ - mean_e h |, averaged over `samples` noise draws; rho_e = 1 - delta_e / max delta. All
     delta zero (no noise, a constant teacher) gives rho = 1. `normalize` "quantile" divides by the 95 % quantile
     instead, clipped, so that one outlying hyperedge does not decide all scores. `noise`: see `features.perturb`.
-    `structure`: what the teacher is called with, where it is not the hypergraph (a `Graph`).
+
+    `change` "vertices" is not the paper's: delta_e = mean_e |h~ - h|, so that opposite changes within a hyperedge of
+    mixed classes do not cancel. `temperature` divides the teacher's logits (`calibrated_temperature`): one that is
+    less sure than it is right has its largest changes on pure hyperedges, and ranks them last.
+    `structure`: what the teacher is called with, where it is not the hypergraph (a `Graph`). `multilabel`: as in
+    `predict_proba`.
     """
     if samples < 1:
         raise InputError(f"expected at least 1 noise draw, got {samples}")
     if normalize not in ("max", "quantile"):
         raise InputError(f"expected normalize to be max or quantile, got {normalize!r}")
+    if change not in CHANGES:
+        raise InputError(f"expected change to be {' or '.join(CHANGES)}, got {change!r}")
     structure = hypergraph if structure is None else structure
-    clean = prediction_entropy(predict_proba(teacher, X, structure))
+    multilabel = is_multilabel(teacher) if multilabel is None else multilabel
+
+    def entropies(features: Features) -> Float[Tensor, " N"]:
+        return entropy(predict_proba(teacher, features, structure, multilabel, temperature), multilabel)
+
+    clean = entropies(X)
     total = torch.zeros(hypergraph.num_edges, device=hypergraph.device)
     for _ in range(samples):
-        noisy = prediction_entropy(predict_proba(teacher, perturb(X, noise, level, generator), structure))
-        total += hypergraph.v2e((noisy - clean).unsqueeze(1)).squeeze(1).abs()
+        moved = entropies(perturb(X, noise, level, generator)) - clean
+        moved = moved.abs() if change == "vertices" else moved
+        total += hypergraph.v2e(moved.unsqueeze(1)).squeeze(1).abs()
     return normalize_scores(total / samples, normalize)
 
 

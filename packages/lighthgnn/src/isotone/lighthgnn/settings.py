@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.outputs import check_label_sets, is_known
 from isotone.shared.errors import InputError
 
 
@@ -47,10 +48,13 @@ def transductive_split(
 ) -> Split:
     """`num_train` and `num_val` random vertices of each class, all others test; labels below 0 are unknown, left out.
 
-    Raises `InputError` where a class has fewer than num_train + num_val + 1 vertices, or labels leave 0..C-1.
+    Of label sets (N x C) C times as many random vertices, whatever their labels. Raises `InputError` where a class
+    has fewer than num_train + num_val + 1 vertices, or labels leave 0..C-1.
     """
-    y = check_labels(labels, num_classes)
     source = np.random.default_rng(seed)
+    if np.ndim(labels) == 2:
+        return _split_label_sets(check_label_sets(labels), num_train, num_val, source)
+    y = check_labels(labels, num_classes)
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
     for label in range(int(y.max()) + 1 if num_classes is None else num_classes):
         members = source.permutation(np.flatnonzero(y == label))
@@ -62,6 +66,17 @@ def transductive_split(
         parts["test"].append(members[num_train + num_val :])
     train, val, test = (torch.from_numpy(np.sort(np.concatenate(part))) for part in parts.values())
     return Split(train, val, test, test[:0])
+
+
+def _split_label_sets(y: np.ndarray, num_train: int, num_val: int, source: np.random.Generator) -> Split:
+    known = source.permutation(np.flatnonzero(is_known(y)))
+    train, val = num_train * y.shape[1], num_val * y.shape[1]
+    if len(known) < train + val + 1:
+        needed = f"at least {train + val + 1} vertices ({train} train, {val} val, 1 test)"
+        raise InputError(f"expected {needed} with labels, got {len(known)}")
+    parts = (known[:train], known[train : train + val], known[train + val :])
+    first, second, test = (torch.from_numpy(np.sort(part)) for part in parts)
+    return Split(first, second, test, test[:0])
 
 
 def production_split(

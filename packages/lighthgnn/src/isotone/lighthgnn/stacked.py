@@ -40,6 +40,8 @@ def train_teachers_together(
     config = config or TrainConfig()
     if not len(teachers) == len(train) == len(val):
         raise InputError(f"expected a row of train and val for each of {len(teachers)} teachers, got {len(train)}")
+    if y.ndim != 1:
+        raise InputError(f"expected one class a vertex to train together, got labels of shape {tuple(y.shape)}")
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in teachers[0].modules()):
         raise InputError("expected teachers without batch norm to train together")
     base = teachers[0]

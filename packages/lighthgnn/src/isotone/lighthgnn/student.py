@@ -5,7 +5,6 @@ Dimensions: B rows, d features, C classes.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isotone.lighthgnn.features import Features, as_features
+from isotone.lighthgnn.outputs import fit_temperature, probabilities
 from isotone.lighthgnn.sparse import SparseLinear, SparseMatrix
 from isotone.shared.errors import InputError
 
@@ -39,7 +39,8 @@ class LightMLP(nn.Module):
     """Linear -> ReLU -> batch norm -> dropout, `layers` - 1 times, then Linear: activation before batch norm.
 
     Defaults are the authors': hidden width 128, two layers, dropout 0.5. `temperature` divides the logits in
-    `predict_proba` and in exports (1 unless `calibrate` was called); it never changes a prediction.
+    `predict_proba` and in exports (1 unless `calibrate` was called); it never changes a prediction. `multilabel`: the
+    C outputs are labels that a row may have any number of, each a sigmoid of its own (`outputs.py`).
     """
 
     temperature: Tensor
@@ -53,6 +54,7 @@ class LightMLP(nn.Module):
         layers: int = 2,
         dropout: float = 0.5,
         batch_norm: bool = True,
+        multilabel: bool = False,
     ) -> None:
         super().__init__()
         if layers < 1 or min(in_channels, hidden, num_classes) < 1:
@@ -66,6 +68,7 @@ class LightMLP(nn.Module):
             "layers": layers,
             "dropout": dropout,
             "batch_norm": batch_norm,
+            "multilabel": multilabel,
         }
         widths = [in_channels, *[hidden] * (layers - 1)]
         self.linears = nn.ModuleList(SparseLinear(a, b) for a, b in zip(widths, widths[1:], strict=False))
@@ -89,16 +92,17 @@ class LightMLP(nn.Module):
 
     @torch.inference_mode()
     def predict_proba(self, X: Any) -> Float[Tensor, "B C"]:
-        """Class probabilities of rows in any form that `as_features` takes; `InputError` where they are not finite."""
+        """Probabilities of rows in any form that `as_features` takes; `InputError` where they are not finite."""
         training = self.training
         self.eval()
         logits = self(_on(as_features(X), self.out.weight.device))
         self.train(training)
-        return (logits / self.temperature).softmax(1)
+        return probabilities(logits / self.temperature, self.config["multilabel"])
 
-    def predict(self, X: Any) -> Int[Tensor, " B"]:
-        """The most probable class of each row."""
-        return self.predict_proba(X).argmax(1)
+    def predict(self, X: Any) -> Int[Tensor, B * C]:
+        """The most probable class of each row (B); zeros and ones (B x C) where `multilabel`."""
+        found = self.predict_proba(X)
+        return (found > 0.5).long() if self.config["multilabel"] else found.argmax(1)
 
     @torch.no_grad()
     def fold_batchnorm(self) -> LightMLP:
@@ -133,24 +137,12 @@ class LightMLP(nn.Module):
         return export_onnx(self, path, int8)
 
     @torch.no_grad()
-    def calibrate(self, X: Features, y: Int[Tensor, " B"]) -> float:
-        """Set `temperature` to the one of 0.05 to 20 with the least cross-entropy on these rows, and return it.
-
-        Golden-section search of the logarithm; the loss is convex in 1 / temperature.
-        """
+    def calibrate(self, X: Features, y: Int[Tensor, B * C]) -> float:
+        """Set `temperature` to the one that fits these rows best (`outputs.fit_temperature`), and return it."""
         training = self.training
         self.eval()
-        logits = self(X)
+        self.temperature.fill_(fit_temperature(self(X), y))
         self.train(training)
-
-        def loss(log_temperature: float) -> float:
-            return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), y))
-
-        low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
-        for _ in range(40):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            low, high = (low, right) if loss(left) < loss(right) else (left, high)
-        self.temperature.fill_(math.exp((low + high) / 2))
         return float(self.temperature)
 
 

@@ -6,16 +6,18 @@ Defaults are the paper's: two layers, hidden width 32, dropout 0.5, no batch nor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isotone.lighthgnn import convolutions as conv
 from isotone.lighthgnn.features import Features, dropout
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.hypergraph import Hypergraph
+from isotone.lighthgnn.outputs import fit_temperature, probabilities
 from isotone.shared.errors import InputError
 
 
@@ -24,6 +26,7 @@ class Teacher(nn.Module):
 
     `forward(X, structure)` takes N x in features, dense or sparse, and a `Hypergraph` or, of a sampled
     neighbourhood, a list with one `Block` for each layer. Any other module with this call can teach as well.
+    `multilabel`: its logits are of labels that a vertex may have any number of (`outputs.py`).
     """
 
     convolution: type[conv.Convolution]
@@ -39,16 +42,20 @@ class Teacher(nn.Module):
         layers: int = 2,
         dropout: float = 0.5,
         batch_norm: bool = False,
+        multilabel: bool = False,
+        **more: Any,
     ) -> None:
         super().__init__()
         if layers < 1 or min(in_channels, hidden, num_classes) < 1:
             raise InputError(f"expected sizes of at least 1, got {(in_channels, hidden, num_classes)}, {layers} layers")
+        self.multilabel = multilabel
         widths = [in_channels, *[hidden] * (layers - 1), num_classes]
-        self.layers = nn.ModuleList(
-            self.convolution(a, b, dropout=dropout, batch_norm=batch_norm and i < layers - 1, last=i == layers - 1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
-        )
+        self.layers = nn.ModuleList(self._stack(widths, dropout=dropout, batch_norm=batch_norm, **more))
         self._expanded: tuple[Hypergraph, Graph] | None = None
+
+    def _stack(self, widths: list[int], *, batch_norm: bool, **options: Any) -> list[conv.Convolution]:
+        hidden = [self.convolution(a, b, batch_norm=batch_norm, **options) for a, b in pairwise(widths[:-1])]
+        return [*hidden, self.convolution(*widths[-2:], last=True, **options)]
 
     def structures(self, structure: Any) -> Sequence[Any]:
         """One structure a layer, from what `forward` was given."""
@@ -126,27 +133,22 @@ class UniGAT(Teacher):
     convolution: Any = conv.UniGATConv
 
     def __init__(
-        self,
-        in_channels: int,
-        hidden: int = 32,
-        num_classes: int = 2,
-        *,
-        layers: int = 2,
-        dropout: float = 0.5,
-        batch_norm: bool = False,
-        heads: int = 4,
+        self, in_channels: int, hidden: int = 32, num_classes: int = 2, *, heads: int = 4, **options: Any
     ) -> None:
-        nn.Module.__init__(self)
+        layers = options.get("layers", 2)
         if layers < 2 or hidden % heads:
             raise InputError(
                 f"expected hidden divisible by heads and 2 layers or more, got {hidden}, {heads}, {layers}"
             )
-        options = {"dropout": dropout, "batch_norm": batch_norm}
-        widths = [in_channels, *[hidden] * (layers - 1)]
-        attention = [self.convolution(width, hidden // heads, heads=heads, **options) for width in widths[:-1]]
-        self.layers = nn.ModuleList([*attention, self.convolution(hidden, num_classes, dropout=dropout)])
-        self.dropout = dropout
-        self._expanded = None
+        super().__init__(in_channels, hidden, num_classes, heads=heads, **options)
+        self.dropout = options.get("dropout", 0.5)
+
+    def _stack(self, widths: list[int], *, batch_norm: bool, heads: int = 4, **options: Any) -> list[conv.Convolution]:
+        attention = [
+            self.convolution(a, b // heads, heads=heads, batch_norm=batch_norm, **options)
+            for a, b in pairwise(widths[:-1])
+        ]
+        return [*attention, self.convolution(*widths[-2:], **options)]
 
     def embed(self, X: Features, structure: Any) -> Float[Tensor, "N hidden"]:
         """The hidden layer, its dropout included."""
@@ -184,10 +186,34 @@ def make_teacher(name: str, in_channels: int, num_classes: int, **options: Any) 
 
 
 @torch.no_grad()
-def predict_proba(teacher: nn.Module, X: Features, structure: Any) -> Float[Tensor, "N C"]:
-    """Class probabilities of any teacher in eval mode; its mode is put back."""
+def predict_proba(
+    teacher: nn.Module, X: Features, structure: Any, multilabel: bool | None = None, temperature: float = 1.0
+) -> Float[Tensor, "N C"]:
+    """Probabilities of any teacher in eval mode; its mode is put back. Raises `InputError` on temperature <= 0.
+
+    `multilabel`: a sigmoid each instead of a softmax; if not given, what the teacher says of itself.
+    """
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"expected a finite temperature above 0, got {temperature}")
     training = teacher.training
     teacher.eval()
-    probabilities = teacher(X, structure).softmax(1)
+    logits = teacher(X, structure)
     teacher.train(training)
-    return probabilities
+    return probabilities(logits / temperature, is_multilabel(teacher) if multilabel is None else multilabel)
+
+
+def calibrated_temperature(
+    teacher: nn.Module, X: Features, structure: Any, y: Int[Tensor, N * C], val: Int[Tensor, " b"]
+) -> float:
+    """The temperature at which a teacher's probabilities fit the labels of `val` best (`outputs.fit_temperature`)."""
+    training = teacher.training
+    teacher.eval()
+    with torch.no_grad():
+        logits = teacher(X, structure)[val]
+    teacher.train(training)
+    return fit_temperature(logits, y[val])
+
+
+def is_multilabel(teacher: nn.Module) -> bool:
+    """What a teacher says of its outputs; a module without `multilabel` has one class a vertex."""
+    return bool(getattr(teacher, "multilabel", False))

@@ -1,0 +1,58 @@
+"""What is refused, and in which words."""
+
+import pytest
+import torch
+from problem import EDGES, MADE, Fixed
+
+from isotone.lighthgnn import (
+    DistillConfig,
+    HighOrderConstraint,
+    Hypergraph,
+    LightMLP,
+    TrainConfig,
+    make_teacher,
+    production_split,
+    reliable_hyperedge_scores,
+    transductive_split,
+)
+from isotone.lighthgnn.features import as_features
+from isotone.lighthgnn.settings import Split, check_labels
+from isotone.shared.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: HighOrderConstraint(tau=0.0), "tau"),
+        (lambda: HighOrderConstraint(target="x"), "target"),
+        (lambda: HighOrderConstraint(kind="x"), "kd_loss"),
+        (lambda: DistillConfig(lam=1.5), "1.5"),
+        (lambda: DistillConfig(tau=-1.0), "-1.0"),
+        (lambda: DistillConfig(batch_size=1), "batch_size"),
+        (lambda: DistillConfig(sampling="x"), "sampling"),
+        (lambda: TrainConfig(epochs=0), "epochs"),
+        (lambda: TrainConfig(lr=float("nan")), "nan"),
+        (lambda: TrainConfig(weight_decay=-1.0), "weight_decay"),
+        (lambda: TrainConfig(seed=-1), "seed"),
+        (lambda: LightMLP(0), "sizes"),
+        (lambda: LightMLP(4, dropout=1.0), "dropout"),
+        (lambda: make_teacher("gnn", 4, 2), "hgnnp"),
+        (lambda: make_teacher("hgnn", 4, 2, layers=0), "layers"),
+        (lambda: make_teacher("unigat", 4, 2, hidden=30), "heads"),
+        (lambda: transductive_split(MADE.y, 200, 100), "at least 301"),
+        (lambda: transductive_split(torch.tensor([0, 1, 5]), 1, 1, num_classes=3), "got 5"),
+        (lambda: transductive_split(torch.tensor([0.5, 1.0])), "whole numbers"),
+        (lambda: production_split(MADE.y, 10, 20, 1.0), "test_ind_ratio"),
+        (lambda: check_labels([-1, -1]), "at least one label"),
+        (lambda: Split(*(torch.tensor(i) for i in ([0, 1], [1], [2], [3]))), "vertex 1 in train and val"),
+        (lambda: as_features([[1.0, float("inf")]]), "row 0"),
+        (lambda: as_features([1.0, 2.0]), "N x d"),
+        (lambda: as_features([["a"]]), "numbers"),
+        (lambda: LightMLP(3).predict([[1.0, 2.0]]), "expected 3 features, the student's own, got 2"),
+        (lambda: reliable_hyperedge_scores(Fixed(), torch.ones(7, 2), Hypergraph(7, EDGES), samples=0), "draw"),
+        (lambda: reliable_hyperedge_scores(Fixed(), torch.ones(7, 2), Hypergraph(7, EDGES), normalize="x"), "max"),
+    ],
+)
+def test_bad_input_is_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
