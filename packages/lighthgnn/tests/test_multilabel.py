@@ -99,7 +99,7 @@ def test_teacher_and_student_learn_label_sets(tmp_path):
     parts = (MADE.X, MADE.hypergraph, SETS, split.train, split.val)
     torch.manual_seed(0)
     teacher = make_teacher("hgnn", 12, 4, hidden=8, multilabel=True)
-    train_teacher(teacher, *parts, TrainConfig(epochs=60))
+    train_teacher(teacher, *parts, TrainConfig(epochs=150))
     soft = predict_proba(teacher, MADE.X, MADE.hypergraph)
     assert (soft.sum(1) - 1).abs().max() > 0.1, "not a distribution over classes"
     rho = reliable_hyperedge_scores(teacher, MADE.X, MADE.hypergraph)
@@ -107,10 +107,10 @@ def test_teacher_and_student_learn_label_sets(tmp_path):
     given = {"teacher": soft, "hypergraph": MADE.hypergraph, "rho": rho}
     for options in ({}, {"lam": 0.5, "batch_size": 64}):
         student = LightMLP(12, 16, 4, multilabel=True)
-        config = DistillConfig(**options, train=TrainConfig(epochs=60))
+        config = DistillConfig(**options, train=TrainConfig(epochs=150))
         distill(student, MADE.X, SETS, split.train, split.val, config, **given)
         found = student.predict(MADE.X[split.test])
-        assert f1_score(SETS[split.test], found, average="micro") > 0.75
+        assert f1_score(SETS[split.test], found, average="micro") > 0.75, "a plain MLP has 0.65"
     student.calibrate(MADE.X[split.val], SETS[split.val])
     expected = student.predict_proba(MADE.X[:5])
     program = torch.export.load(export_torch(student, tmp_path / "s.pt2")).module()
@@ -124,7 +124,7 @@ def test_teacher_and_student_learn_label_sets(tmp_path):
 def test_estimator_with_label_sets():
     hidden = SETS.clone()
     hidden[60:] = -1
-    model = LightHGNN(epochs=50, teacher_hidden=8, student_hidden=16, calibrate_teacher=True, change="vertices")
+    model = LightHGNN(epochs=150, teacher_hidden=8, student_hidden=16, calibrate_teacher=True, change="vertices")
     model.fit(MADE.X, MADE.hypergraph, hidden)
     found = model.predict(MADE.X[60:].numpy())
     assert found.shape == (180, 4) and f1_score(SETS[60:], found, average="micro") > 0.7

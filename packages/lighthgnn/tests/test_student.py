@@ -27,6 +27,9 @@ def test_folding_batch_norm_and_compiling_keep_the_function():
     torch.testing.assert_close(compiled(MADE.X[:5]), student(MADE.X[:5]), rtol=1e-5, atol=1e-5)
     sparse = as_features(torch.cat((torch.eye(12), torch.zeros(300, 12))))
     torch.testing.assert_close(compiled(sparse), student(sparse), rtol=1e-5, atol=1e-5)
+    for rows in (1, 5, 1):
+        asked = MADE.X[:rows].clone().requires_grad_(rows == 5)
+        torch.testing.assert_close(compiled(asked), student(asked).detach(), rtol=1e-5, atol=1e-5)
     flat = LightMLP(12, num_classes=3, layers=1).eval()
     torch.testing.assert_close(CompiledStudent(flat)(sparse), flat(sparse))
 

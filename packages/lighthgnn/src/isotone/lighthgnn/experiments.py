@@ -32,7 +32,7 @@ from isotone.lighthgnn.settings import (
 from isotone.lighthgnn.stacked import train_teachers_together
 from isotone.lighthgnn.student import LightMLP
 from isotone.lighthgnn.synthetic import SyntheticConfig, make_synthetic
-from isotone.lighthgnn.teachers import Teacher, make_teacher, predict_proba
+from isotone.lighthgnn.teachers import Teacher, calibrated_temperature, make_teacher, predict_proba
 from isotone.lighthgnn.topology import topology_score
 from isotone.lighthgnn.training import TrainConfig, seeded
 
@@ -99,6 +99,11 @@ class _Task:
         distill(student, *parts, teacher=teacher, hypergraph=self.hypergraph, rho=rho)
         return student
 
+    def temperature(self, teacher: Teacher, structure: Any = None) -> float:
+        """Fit on the validation vertices, that choose epochs already."""
+        structure = self.hypergraph if structure is None else structure
+        return calibrated_temperature(teacher, self.X, structure, self.y, self.val)
+
     def scores(self, teacher: Teacher, samples: int | None = None, **options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         samples = samples or self.recipe.noise_samples
@@ -153,8 +158,10 @@ def transductive(data: Dataset, seed: int, recipe: Recipe, ablations: bool = Fal
     light, plus = task.pupil(soft, None), task.pupil(soft, rho)
     score("LightHGNN", light.predict(data.X))
     score("LightHGNN+", plus.predict(data.X))
-    quantile = task.scores(teacher, recipe.many_samples, normalize="quantile")
-    score("LightHGNN+, quantile scores", task.pupil(soft, quantile).predict(data.X))
+    temperature = task.temperature(teacher)
+    sure = predict_proba(teacher, data.X, task.hypergraph, temperature=temperature)
+    student = task.pupil(sure, task.scores(teacher, temperature=temperature))
+    score("LightHGNN+, calibrated teacher", student.predict(data.X))
     score("LightHGNN+, int8 weights", with_int8_weights(plus).predict(data.X))
     if ablations:
         score("LightHGNN, official KD", task.pupil(soft, None, kd_loss="official").predict(data.X))
@@ -223,29 +230,32 @@ def graph_arms(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
     score("paper's MLP", task.mlp(batch_norm=True).predict(data.X))
     _scikit(data, task, split, score)
     gcn = task.teach("gcn", data.graph)
-    soft_gcn = predict_proba(gcn, data.X, data.graph)
-    score("GCN", soft_gcn.argmax(1))
-    score("GLNN", task.pupil(soft_gcn, None).predict(data.X))
-    reliability = vertex_reliability(gcn, data.X, data.graph, samples=recipe.noise_samples, seed=seed)
-    student = task.student()
-    distill_from_vertices(student, data.X, data.y, task.val, data.graph, soft_gcn, reliability, task.config())
-    score("reliability KD", student.predict(data.X))
+    score("GCN", predict_proba(gcn, data.X, data.graph).argmax(1))
+    for tag, temperature in (("", 1.0), (", calibrated teacher", task.temperature(gcn, data.graph))):
+        soft = predict_proba(gcn, data.X, data.graph, temperature=temperature)
+        score(f"GLNN{tag}", task.pupil(soft, None).predict(data.X))
+        draws = {"samples": recipe.noise_samples, "seed": seed, "temperature": temperature}
+        reliability = vertex_reliability(gcn, data.X, data.graph, **draws)
+        student = task.student()
+        distill_from_vertices(student, data.X, data.y, task.val, data.graph, soft, reliability, task.config())
+        score(f"reliability KD{tag}", student.predict(data.X))
     teacher = task.teach(recipe.teacher, task.hypergraph)
-    soft = predict_proba(teacher, data.X, task.hypergraph)
-    score("teacher", soft.argmax(1))
-    score("LightHGNN", task.pupil(soft, None).predict(data.X))
-    score("LightHGNN+", task.pupil(soft, task.scores(teacher)).predict(data.X))
-    rho = task.scores(gcn, recipe.many_samples, structure=data.graph)
-    score("LightHGNN+, GCN as teacher", task.pupil(soft_gcn, rho).predict(data.X))
+    score("teacher", predict_proba(teacher, data.X, task.hypergraph).argmax(1))
+    for tag, temperature in (("", 1.0), (", calibrated teacher", task.temperature(teacher))):
+        soft = predict_proba(teacher, data.X, task.hypergraph, temperature=temperature)
+        if not tag:
+            score("LightHGNN", task.pupil(soft, None).predict(data.X))
+        rho = task.scores(teacher, temperature=temperature)
+        score(f"LightHGNN+{tag}", task.pupil(soft, rho).predict(data.X))
     return {"accuracy": found}
 
 
 NOISE: dict[str, dict[str, Any]] = {
     "default": {},
-    "draws": {"draws": True},
     "additive": {"noise": "additive", "draws": True},
-    "quantile": {"normalize": "quantile", "draws": True},
-    "slight": {"level": 0.1, "draws": True},
+    "calibrated": {"calibrated": True, "draws": True},
+    "vertices": {"change": "vertices", "draws": True},
+    "both": {"change": "vertices", "calibrated": True, "draws": True},
 }
 """The ways to score hyperedges that are held to planted noise; `draws`: as many as `Recipe.many_samples`."""
 
@@ -268,10 +278,13 @@ def planted_noise(config: SyntheticConfig, seed: int, recipe: Recipe) -> dict[st
     _, task, _, made = _synthetic_task(config, seed, recipe)
     teacher = task.teach(recipe.teacher, task.hypergraph)
     real, noisy = made.planted & ~made.is_noise, made.planted & made.is_noise
-    found: dict[str, Any] = {}
+    temperature = task.temperature(teacher)
+    found: dict[str, Any] = {"temperature": temperature}
     for name, given in NOISE.items():
         options = dict(given)
         samples = recipe.many_samples if options.pop("draws", False) else None
+        if options.pop("calibrated", False):
+            options["temperature"] = temperature
         rho = task.scores(teacher, samples, **options).cpu()
         if min(int(real.sum()), int(noisy.sum())) == 0:
             found[name] = {"auc": None, "true": None, "noise": None}

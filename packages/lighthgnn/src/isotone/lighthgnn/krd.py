@@ -26,18 +26,26 @@ from isotone.lighthgnn.training import History, epoch_seed, fit
 
 @torch.no_grad()
 def vertex_reliability(
-    teacher: Teacher, X: Features, graph: Graph, *, level: float = 1.0, samples: int = 5, seed: int = 0
+    teacher: Teacher,
+    X: Features,
+    graph: Graph,
+    *,
+    level: float = 1.0,
+    samples: int = 5,
+    seed: int = 0,
+    temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
     """The chance that a vertex is drawn: 1 - (rho_v / max rho)^alpha with alpha = 1.
 
     rho_v is the mean squared change of the vertex's entropy under noise, over level^2 (a constant of the scores).
     """
     generator = torch.Generator().manual_seed(seed)
-    clean = entropy(predict_proba(teacher, X, graph))
+    clean = entropy(predict_proba(teacher, X, graph, temperature=temperature))
     total = torch.zeros_like(clean)
     for _ in range(samples):
         noisy = perturb(X, "multiplicative", level, generator)
-        total += (entropy(predict_proba(teacher, noisy, graph)) - clean).square()
+        moved = entropy(predict_proba(teacher, noisy, graph, temperature=temperature)) - clean
+        total += moved.square()
     return normalize_scores(total / samples)
 
 

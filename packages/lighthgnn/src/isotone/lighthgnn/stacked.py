@@ -26,7 +26,7 @@ def train_teachers_together(
     teachers: Sequence[nn.Module],
     X: Features,
     structure: Any,
-    y: Int[Tensor, " N"],
+    y: Int[Tensor, N * C],
     train: Int[Tensor, "S a"],
     val: Int[Tensor, "S_val b"],
     config: TrainConfig | None = None,

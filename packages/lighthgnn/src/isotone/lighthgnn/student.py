@@ -162,25 +162,32 @@ class CompiledStudent:
         self._maps = [
             (linear.weight.detach().t().contiguous(), linear.bias.detach()) for linear in [*folded.linears, folded.out]
         ]
+        self._buffers: list[Tensor] = []
         self._graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
     def _run(self, X: Tensor) -> Tensor:
-        hidden = X
-        for weight, bias in self._maps[:-1]:
-            hidden = torch.addmm(bias, hidden, weight).relu_()
-        weight, bias = self._maps[-1]
-        return torch.addmm(bias, hidden, weight)
+        if not self._buffers or len(self._buffers[0]) != len(X) or self._buffers[0].device != X.device:
+            with torch.inference_mode(False):  # buffers made within that mode could not be written to outside it
+                self._buffers = [X.new_empty(len(X), bias.shape[0]) for _, bias in self._maps]
+        return self._through(X, self._maps, self._buffers)
 
-    @torch.inference_mode()
+    @staticmethod
+    def _through(X: Tensor, maps: list[tuple[Tensor, Tensor]], buffers: list[Tensor]) -> Tensor:
+        # neither side requires a gradient: a mode switch a call would take longer than a product
+        for (weight, bias), buffer in zip(maps[:-1], buffers[:-1], strict=True):
+            X = torch.addmm(bias, X, weight, out=buffer).relu_()
+        weight, bias = maps[-1]
+        return torch.addmm(bias, X, weight, out=buffers[-1])
+
     def __call__(self, X: Float[Tensor, "B d"] | SparseMatrix) -> Float[Tensor, "B C"]:
         """Logits."""
         if isinstance(X, SparseMatrix):
-            X = X @ self._maps[0][0]
-            hidden = (X + self._maps[0][1]).relu_() if len(self._maps) > 1 else X + self._maps[0][1]
-            for i, (weight, bias) in enumerate(self._maps[1:], 2):
-                hidden = torch.addmm(bias, hidden, weight)
-                hidden = hidden.relu_() if i < len(self._maps) else hidden
+            weight, bias = self._maps[0]
+            hidden = X @ weight + bias
+            for weight, bias in self._maps[1:]:
+                hidden = torch.addmm(bias, hidden.relu_(), weight)
             return hidden
+        X = X.detach() if X.requires_grad else X
         if X.device.type == "cuda":  # pragma: no cover - needs a GPU
             return self._replay(X)
         return self._run(X)
@@ -188,15 +195,16 @@ class CompiledStudent:
     def _replay(self, X: Tensor) -> Tensor:  # pragma: no cover - needs a GPU
         if X.shape[0] not in self._graphs:
             held = X.clone()
+            buffers = [X.new_empty(len(X), bias.shape[0]) for _, bias in self._maps]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    self._run(held)
+                    self._through(held, self._maps, buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                result = self._run(held)
+                result = self._through(held, self._maps, buffers)
             self._graphs[X.shape[0]] = graph, held, result
         graph, held, result = self._graphs[X.shape[0]]
         held.copy_(X)

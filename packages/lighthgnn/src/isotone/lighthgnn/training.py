@@ -93,8 +93,7 @@ def fit(
     the result depends on; a checkpoint of another is refused with `InputError`. Raises `InputError` on a loss that
     is not finite.
     """
-    fused = any(parameter.is_cuda for parameter in model.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused or None)
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     history = History()
     best = _copy(model)
     first = 0
