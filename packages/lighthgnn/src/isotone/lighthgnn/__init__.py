@@ -39,6 +39,7 @@ from isotone.lighthgnn.teachers import (
     UniGCN,
     UniGIN,
     UniSAGE,
+    calibrated_temperature,
     make_teacher,
     predict_proba,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "UniGCN",
     "UniGIN",
     "UniSAGE",
+    "calibrated_temperature",
     "digits_knn",
     "distill",
     "export_onnx",

@@ -89,6 +89,8 @@ def latency_plot(sweep: list[dict[str, Any]]) -> Any:
         if None not in values:
             axes.plot(vertices, values, marker="o", label=name)
     axes.set_xscale("log")
+    axes.set_xticks(vertices, [f"{number:,}" for number in vertices])
+    axes.minorticks_off()
     axes.set_yscale("log")
     axes.legend()
     return drawing
