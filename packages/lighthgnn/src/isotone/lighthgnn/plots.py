@@ -9,7 +9,7 @@ from isotone.shared.claims import figure
 
 
 def plots(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Accuracy bars a data set, the three settings, the reliability histogram, gain over signal."""
+    """Accuracy bars a data set, the three settings (observed, unseen, all test vertices), the reliability histogram, gain over signal."""
     found: dict[str, Any] = {}
     for kind in ("hypergraph", "graph"):
         for name, runs in results.get(kind, {}).items():
@@ -19,7 +19,7 @@ def plots(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
         columns = {
             f"{arm}, {setting}": [run[arm][setting] for run in runs] for arm in runs[0] for setting in runs[0][arm]
         }
-        found[f"settings-{name}"] = _bars(f"{name}: observed, unseen, all test vertices", columns)
+        found[f"settings-{name}"] = _bars(f"{name}: three settings", columns)
     for name, (run,) in results.get("stacked", {}).items():
         if len(run) > 1:
             columns = {teacher: entry["accuracy"] for teacher, entry in run.items()}
@@ -44,6 +44,7 @@ def _bars(title: str, columns: dict[str, list[float]]) -> Any:
     low = min(m - s for m, s in zip(means, spreads, strict=True))
     high = max(m + s for m, s in zip(means, spreads, strict=True))
     axes.set_xlim(max(0.0, low - 0.25 * (high - low) - 2), high + 0.3 * (high - low) + 2)
+    axes.set_xticks([tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= min(100, axes.get_xlim()[1])])
     for row, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
         axes.annotate(
             f"{mean:.1f}", (mean + spread, row), xytext=(4, 0), textcoords="offset points", va="center", size=9
