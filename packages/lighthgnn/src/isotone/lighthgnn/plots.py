@@ -9,7 +9,7 @@ from isotone.shared.claims import figure
 
 
 def plots(results: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Accuracy bars a data set, the three settings (observed, unseen, all test vertices), the reliability histogram, gain over signal."""
+    """Accuracy bars a data set, the three settings (observed, unseen, all test vertices), reliability, signal."""
     found: dict[str, Any] = {}
     for kind in ("hypergraph", "graph"):
         for name, runs in results.get(kind, {}).items():
