@@ -105,9 +105,9 @@ def test_teacher_and_student_learn_label_sets(tmp_path):
     rho = reliable_hyperedge_scores(teacher, MADE.X, MADE.hypergraph)
     assert rho.min() == 0 and rho.max() <= 1
     given = {"teacher": soft, "hypergraph": MADE.hypergraph, "rho": rho}
-    for options in ({}, {"lam": 0.5, "batch_size": 64}):
+    for epochs, options in ((40, {"lam": 0.5, "batch_size": 64}), (150, {})):
         student = LightMLP(12, 16, 4, multilabel=True)
-        config = DistillConfig(**options, train=TrainConfig(epochs=150))
+        config = DistillConfig(**options, train=TrainConfig(epochs=epochs))
         distill(student, MADE.X, SETS, split.train, split.val, config, **given)
         found = student.predict(MADE.X[split.test])
         assert f1_score(SETS[split.test], found, average="micro") > 0.75, "a plain MLP has 0.65"
