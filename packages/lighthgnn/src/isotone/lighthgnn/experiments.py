@@ -234,7 +234,7 @@ def graph_arms(data: Dataset, seed: int, recipe: Recipe) -> dict[str, Any]:
     for tag, temperature in (("", 1.0), (", calibrated teacher", task.temperature(gcn, data.graph))):
         soft = predict_proba(gcn, data.X, data.graph, temperature=temperature)
         score(f"GLNN{tag}", task.pupil(soft, None).predict(data.X))
-        draws = {"samples": recipe.noise_samples, "seed": seed, "temperature": temperature}
+        draws: dict[str, Any] = {"samples": recipe.noise_samples, "seed": seed, "temperature": temperature}
         reliability = vertex_reliability(gcn, data.X, data.graph, **draws)
         student = task.student()
         distill_from_vertices(student, data.X, data.y, task.val, data.graph, soft, reliability, task.config())

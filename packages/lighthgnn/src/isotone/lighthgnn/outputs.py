@@ -100,4 +100,4 @@ def check_label_sets(labels: Any) -> np.ndarray:
 def is_known(labels: Any) -> np.ndarray:
     """Which vertices have labels: N flags."""
     y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    return y >= 0 if y.ndim == 1 else (y >= 0).all(1)
+    return np.asarray(y >= 0 if y.ndim == 1 else (y >= 0).all(1))
