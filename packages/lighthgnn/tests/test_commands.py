@@ -137,7 +137,9 @@ def test_every_scale_is_one_path(tmp_path, monkeypatch):
     options = Run(tmp_path, seeds=(0, 1), device="cpu", quiet=True)
     report = reproduce.reproduce("gpu", options)
     values = {m.claim.id: m.measured for m in report.measurements}
-    assert set(values) == {claim.id for claim in reproduce.CLAIMS}
+    assert {claim.id for claim in reproduce.CLAIMS} <= set(values)
+    assert {"best-baseline-synthetic", "accuracy-hypergraph-synthetic-lighthgnn+"} <= set(values)
+    assert values["accuracy-production-synthetic-teacher-unseen"] >= 0
     missing = {name for name, value in values.items() if value is None}
     assert missing == {"cocitation-gain-plus", "citeseer-gain-plus", "digits-gain-plus"}, "all others are measured"
     assert 0 <= values["noise-auc-additive"] <= 1 and values["topology-mlp"] != 0
