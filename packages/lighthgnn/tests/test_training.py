@@ -21,6 +21,7 @@ from isotone.lighthgnn import (
     DistillConfig,
     Hypergraph,
     LightMLP,
+    SparseMatrix,
     TrainConfig,
     distill,
     make_teacher,
@@ -30,6 +31,7 @@ from isotone.lighthgnn import (
     transductive_split,
 )
 from isotone.lighthgnn.features import as_features, l1_normalize
+from isotone.lighthgnn.fingerprint import describe, fingerprint
 from isotone.lighthgnn.stacked import train_teachers_together
 from isotone.lighthgnn.training import seeded
 from isotone.shared.errors import InputError
@@ -104,11 +106,19 @@ def test_the_best_state_is_validated_without_dropout_or_batch_statistics():
 
 def test_a_teacher_that_is_missing_or_bad_is_refused():
     parts = (MADE.X, MADE.y, SPLIT.train, SPLIT.val, DistillConfig(train=QUICK))
+    edges = MADE.hypergraph.num_edges
+    whole = {"teacher": probabilities(240, 3), "hypergraph": MADE.hypergraph, "rho": torch.ones(edges)}
     for given, words in [
         ({}, "got none"),
         ({"teacher": probabilities(240, 3)}, "hypergraph and rho"),
         ({"teacher": probabilities(10, 3)}, "shape"),
         ({"teacher": torch.full((240, 3), float("nan"))}, "finite teacher"),
+        ({"teacher": torch.randn(240, 3)}, "not logits"),
+        ({"teacher": torch.rand(240, 3)}, "sum to 1"),
+        ({**whole, "rho": torch.ones(5)}, r"rho of \d+ hyperedges, got shape \(5,\)"),
+        ({**whole, "rho": torch.full((edges,), float("nan"))}, "from 0 to 1, got NaN"),
+        ({**whole, "rho": torch.full((edges,), 1.5)}, "from 0 to 1"),
+        ({**whole, "hypergraph": Hypergraph(5, [[0, 1]])}, "240 vertices, got 5"),
     ]:
         with pytest.raises(InputError, match=words):
             distill(small_student(), *parts, **given)
@@ -137,6 +147,100 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     with pytest.raises(InputError, match="lam 0.0"):
         distilled(other, folder=tmp_path, **given)
     distilled(other, folder=tmp_path, resume=False, **given)
+
+
+def _edited(tensor):
+    """Two entries exchanged: the same sum and the same sum of squares."""
+    changed = tensor.clone()
+    changed[[0, 1]] = changed[[1, 0]]
+    assert not torch.equal(changed, tensor)
+    return changed
+
+
+def test_a_student_of_anything_else_is_not_resumed(tmp_path):
+    rho = torch.linspace(0, 1, MADE.hypergraph.num_edges)
+    given = {"teacher": probabilities(240, 3), "hypergraph": MADE.hypergraph, "rho": rho}
+    config = DistillConfig(train=TrainConfig(epochs=2))
+    first, _ = distilled(config, folder=tmp_path, **given)
+    again, _ = distilled(config, folder=tmp_path, **given)
+    assert same(first, again)
+    changes = {"teacher": _edited(given["teacher"]), "rho": _edited(rho), "X": _edited(MADE.X)}
+    changes["hypergraph"] = Hypergraph(240, [*MADE.hypergraph.edges()[1:], [5, 6, 7]])
+    for name, value in changes.items():
+        with pytest.raises(InputError, match=f"own settings: {name} "):
+            distilled(config, folder=tmp_path, **{**given, name: value})
+    other = small_student(dropout=0.2)
+    with pytest.raises(InputError, match=r"dropout 0.5 \(now 0.2\)"):
+        distill(other, MADE.X, MADE.y, SPLIT.train, SPLIT.val, config, folder=tmp_path, **given)
+    plain = DistillConfig(lam=1.0, train=TrainConfig(epochs=2))
+    distilled(plain, folder=tmp_path / "plain", **given)
+    distilled(plain, folder=tmp_path / "plain", **{**given, **changes, "X": MADE.X})  # lambda 1: the labels alone
+
+
+def test_a_teacher_of_anything_else_is_not_resumed(tmp_path):
+    hg, y = MADE.hypergraph, MADE.y
+    swapped = y.clone()
+    a = SPLIT.train[0]
+    b = SPLIT.train[y[SPLIT.train] != y[a]][0]
+    swapped[a], swapped[b] = y[b], y[a]
+    weighted = Hypergraph(240, hg.edges(), torch.linspace(1, 2, hg.num_edges))
+
+    def train(made=None, X=MADE.X, structure=hg, labels=y, **options):
+        teacher = made or make_teacher("hgnn", 12, 3, **{"hidden": 8, **options})
+        return train_teacher(teacher, X, structure, labels, SPLIT.train, SPLIT.val, TrainConfig(2), folder=tmp_path)
+
+    train()
+    train()
+    mine = torch.nn.Linear(12, 3)
+    for changes, words in [
+        ({"dropout": 0.1}, r"dropout 0.5 \(now 0.1\)"),
+        ({"hidden": 16}, r"hidden 8 \(now 16\)"),
+        ({"layers": 3}, r"layers 2 \(now 3\)"),
+        ({"batch_norm": True}, "batch_norm False"),
+        ({"X": _edited(MADE.X)}, "X "),
+        ({"labels": swapped}, "y "),
+        ({"structure": weighted}, "structure "),
+        ({"made": mine}, "class HGNN"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            train(**changes)
+
+
+def test_what_a_module_of_ones_own_is_made_of():
+    with_dropout = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(p)) for p in (0.1, 0.2)]
+    assert describe(with_dropout[0]) != describe(with_dropout[1])
+    assert describe(with_dropout[0]) == describe(copy.deepcopy(with_dropout[0]))
+    ones = SparseMatrix(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), None, 3)
+    parts = [ones, ones.with_values(torch.ones(2)), torch.ones(2, 3), torch.ones(3, 2), None, torch.ones(())]
+    assert len({fingerprint(part=part)["part"] for part in parts}) == len(parts)
+    long = torch.arange(200_000)
+    assert fingerprint(a=long) != fingerprint(a=_edited(long)) and fingerprint(a=long) == fingerprint(a=long.numpy())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"y": MADE.y.float()}, "whole numbers"),
+        ({"y": MADE.y + 5}, "8 classes|below 3, got 7"),
+        ({"y": torch.full((240,), -1)}, "a label for every"),
+        ({"y": MADE.y[:9]}, "240 labels"),
+        ({"val": SPLIT.train}, "in train and val"),
+        ({"val": torch.tensor([240])}, "got 240 to 240"),
+        ({"val": torch.tensor([-1])}, "got -1"),
+        ({"val": SPLIT.val[:0]}, "list of vertex ids"),
+        ({"val": torch.zeros(240, dtype=torch.bool)}, "list of vertex ids"),
+    ],
+)
+def test_labels_and_vertex_sets_are_checked(changes, words):
+    parts = {"y": MADE.y, "train": SPLIT.train, "val": SPLIT.val, **changes}
+    with pytest.raises(InputError, match=words):
+        train_teacher(make_teacher("hgnn", 12, 3), MADE.X, MADE.hypergraph, **parts, config=QUICK)
+    with pytest.raises(InputError, match=words):
+        distill(small_student(), MADE.X, **parts, config=DistillConfig(lam=1.0, train=QUICK))
+    rows = {name: parts[name].unsqueeze(0) for name in ("train", "val")}
+    with pytest.raises(InputError, match=words):
+        teachers = [make_teacher("hgnn", 12, 3)]
+        train_teachers_together(teachers, MADE.X, MADE.hypergraph, parts["y"], **rows, config=QUICK)
 
 
 @pytest.mark.parametrize("name", ["hgnn", "hnhn", "unigat"])

@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from isotone.lighthgnn.distill import fingerprint
+from isotone.lighthgnn.fingerprint import describe, fingerprint
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.outputs import agreement, cross_entropy
+from isotone.lighthgnn.settings import check_parts, check_width
 from isotone.lighthgnn.sparse import SparseMatrix
 from isotone.lighthgnn.structure import Structure
 from isotone.lighthgnn.training import History, TrainConfig, epoch_seed, fit
@@ -170,7 +171,7 @@ class StoredHypergraph(Incidences):
 def train_teacher_in_blocks(
     teacher: nn.Module,
     stored: StoredHypergraph,
-    y: Int[Tensor, N * C],
+    y: Int[Tensor, " N *C"],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: TrainConfig | None = None,
@@ -189,6 +190,7 @@ def train_teacher_in_blocks(
     """
     config = config or TrainConfig()
     device = next(teacher.parameters()).device
+    needed = check_parts(y, train, val, stored.num_vertices)
 
     def losses(epoch: int) -> Iterator[Tensor]:
         generator = np.random.default_rng(epoch_seed(config.seed, epoch, 3))
@@ -199,16 +201,19 @@ def train_teacher_in_blocks(
                 edges_per_vertex=edges_per_vertex, vertices_per_edge=vertices_per_edge, generator=generator,
             )  # fmt: skip
             logits = teacher(stored.rows(vertices).to(device), [block.to(device) for block in blocks])
+            check_width(logits, needed)
             yield cross_entropy(logits, y[batch].to(device))
 
     def validate() -> float:
         return agreement(predict_in_blocks(teacher, stored, val, layers, batch_size).cpu(), y[val])
 
-    key = {
-        "model": type(teacher).__name__,
-        "blocks": [layers, batch_size, edges_per_vertex, vertices_per_edge],
-        "data": fingerprint(torch.from_numpy(np.array(stored.degree)).unsqueeze(1), y, train, val),
-    }
+    key = None
+    if folder is not None:
+        incidences = (stored.edge_indptr, stored.edge_indices, stored.degree, stored.edge_weight)
+        parts = {"X": stored.features, "y": y, "train": train, "val": val, "structure": incidences}
+        sampled = {"layers": layers, "batch_size": batch_size}
+        sampled |= {"edges_per_vertex": edges_per_vertex, "vertices_per_edge": vertices_per_edge}
+        key = {"model": describe(teacher), "blocks": sampled} | fingerprint(**parts)
     return fit(
         *(teacher, losses, validate, config),
         folder=folder, resume=resume, run_key=key, on_epoch=on_epoch,

@@ -16,14 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isotone.lighthgnn.features import Features, take_rows
+from isotone.lighthgnn.fingerprint import describe, fingerprint
 from isotone.lighthgnn.hypergraph import Hypergraph
 from isotone.lighthgnn.losses import KD_LOSSES, TARGETS, HighOrderConstraint, kd_loss
 from isotone.lighthgnn.outputs import agreement, cross_entropy, probabilities
 from isotone.lighthgnn.reliability import SAMPLINGS, sample_hyperedges
+from isotone.lighthgnn.settings import check_parts, check_width
 from isotone.lighthgnn.sparse import SparseMatrix, row_positions
 from isotone.lighthgnn.student import LightMLP
 from isotone.lighthgnn.training import History, TrainConfig, epoch_seed, fit
 from isotone.shared.errors import InputError
+
+_ROUNDING = 0.02
+"""How far a sum of probabilities in half precision may be from 1."""
 
 OnEpoch = Callable[[int, float], None]
 
@@ -64,7 +69,7 @@ def train_teacher(
     teacher: nn.Module,
     X: Features,
     structure: Any,
-    y: Int[Tensor, N * C],
+    y: Int[Tensor, " N *C"],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: TrainConfig | None = None,
@@ -78,15 +83,20 @@ def train_teacher(
     `y`: N classes; or N x C zeros and ones, which a vertex may have any number of: then a sigmoid's cross-entropy,
     validated by micro F1.
     """
+    needed = check_parts(y, train, val, X.shape[0])
     labels, targets = y[train], y[val]
 
     def losses(epoch: int) -> Iterator[Tensor]:
-        yield cross_entropy(teacher(X, structure)[train], labels)
+        logits = teacher(X, structure)
+        check_width(logits, needed)
+        yield cross_entropy(logits[train], labels)
 
     def validate() -> float:
         return agreement(teacher(X, structure)[val], targets)
 
-    key = {"model": type(teacher).__name__, "data": fingerprint(X, y, train, val)}
+    key = None
+    if folder is not None:
+        key = {"model": describe(teacher)} | fingerprint(X=X, y=y, train=train, val=val, structure=structure)
     return fit(
         *(teacher, losses, validate, config or TrainConfig()),
         folder=folder, resume=resume, run_key=key, on_epoch=on_epoch,
@@ -96,7 +106,7 @@ def train_teacher(
 def distill(
     student: LightMLP,
     X: Features,
-    y: Int[Tensor, N * C],
+    y: Int[Tensor, " N *C"],
     train: Int[Tensor, " a"],
     val: Int[Tensor, " b"],
     config: DistillConfig | None = None,
@@ -112,28 +122,31 @@ def distill(
 
     `teacher`: its probabilities. `y` is N x C where the student is `multilabel`. `hypergraph`, `rho` (E): needed for
     `plus` alone. With lambda = 1 nothing of the teacher is touched: that is the plain MLP. Raises `InputError` on a
-    teacher that is missing, of another number of vertices, or not finite.
+    teacher that is missing, of another number of vertices, or whose rows are no probabilities, on scores that are
+    not of these hyperedges, on train and val that overlap, and on bad labels.
     """
     config = config or DistillConfig()
     if student.config["multilabel"] != (y.ndim == 2):
         raise InputError(f"expected N x C labels for a multilabel student and N classes else, got {tuple(y.shape)}")
+    needed = check_parts(y, train, val, X.shape[0])
+    if student.config["num_classes"] < needed:
+        raise InputError(f"expected labels below {student.config['num_classes']}, got {needed - 1}")
     if config.lam < 1:
         _check_teacher(teacher, X, student)
-        if config.plus and (hypergraph is None or rho is None):
-            raise InputError("expected a hypergraph and rho for LightHGNN+ (plus), got none")
+        if config.plus:
+            _check_scores(hypergraph, rho, X.shape[0])
     objective = _Objective(student, X, y, train, config, teacher, hypergraph, rho)
     X_val, targets = take_rows(X, val), y[val]
 
     def validate() -> float:
         return agreement(student(X_val), targets)
 
-    key: dict[str, Any] = {
-        "distill": dataclasses.asdict(config),
-        "student": student.config,
-        "data": fingerprint(X, y, train, val),
-    }
-    if config.lam < 1 and teacher is not None:
-        key["teacher"] = round(float(teacher.double().square().sum()), 3)
+    key: dict[str, Any] | None = None
+    if folder is not None:
+        parts: dict[str, Any] = {"X": X, "y": y, "train": train, "val": val}
+        if config.lam < 1:
+            parts |= {"teacher": teacher} | ({"hypergraph": hypergraph, "rho": rho} if config.plus else {})
+        key = {"distill": dataclasses.asdict(config), "student": describe(student)} | fingerprint(**parts)
     return fit(
         *(student, objective.losses, validate, config.train),
         folder=folder, resume=resume, run_key=key, on_epoch=on_epoch,
@@ -222,7 +235,8 @@ class _Objective:
             # a batch without labels takes some, so that every step has the whole loss
             extra = self.train[torch.randint(len(self.train), (min(32, len(self.train)),), device=batch.device)]
             vertices = torch.cat((vertices, extra))
-            chosen, labels = torch.arange(len(vertices) - len(extra), len(vertices)), self.y[extra]
+            last = torch.arange(len(vertices) - len(extra), len(vertices), device=batch.device)
+            chosen, labels = last, self.y[extra]
         else:
             chosen, labels = known.nonzero().squeeze(1), self.y[batch[known]]
         logits = self.student(take_rows(self.X, vertices))
@@ -252,15 +266,6 @@ def _with_members(batch: Tensor, edges: Tensor, hypergraph: Hypergraph) -> tuple
     return vertices, (SparseMatrix(indptr, number[members], None, len(vertices)), hypergraph.edge_size[edges])
 
 
-def fingerprint(X: Features, y: Tensor, *index: Tensor) -> str:
-    """What a resumed run compares: sizes and checksums of the data it was started with."""
-    values = X.values if isinstance(X, SparseMatrix) and X.values is not None else X if isinstance(X, Tensor) else y
-    # unseen rows may hold anything, NaN too: they are no part of the run
-    total = float(values.double().nan_to_num().sum())
-    parts = [tuple(X.shape), round(total, 3), int(y.sum()), *(int((i * (i + 1)).sum()) for i in index)]
-    return " ".join(map(str, parts))
-
-
 def _check_teacher(teacher: Tensor | None, X: Features, student: LightMLP) -> None:
     if teacher is None:
         raise InputError("expected the teacher's probabilities for lambda below 1, got none")
@@ -269,3 +274,20 @@ def _check_teacher(teacher: Tensor | None, X: Features, student: LightMLP) -> No
         raise InputError(f"expected teacher probabilities of shape {expected}, got {tuple(teacher.shape)}")
     if not bool(torch.isfinite(teacher).all()):
         raise InputError("expected finite teacher probabilities, got NaN or infinity")
+    least, most = float(teacher.min()), float(teacher.max())
+    if least < 0 or most > 1 + _ROUNDING:
+        raise InputError(f"expected teacher probabilities from 0 to 1, not logits, got {least:.3g} to {most:.3g}")
+    off = float((teacher.float().sum(1) - 1).abs().max())
+    if not student.config["multilabel"] and off > _ROUNDING:
+        raise InputError(f"expected teacher probabilities that sum to 1 for a vertex, got a sum {off:.3g} off")
+
+
+def _check_scores(hypergraph: Hypergraph | None, rho: Tensor | None, num_vertices: int) -> None:
+    if hypergraph is None or rho is None:
+        raise InputError("expected a hypergraph and rho for LightHGNN+ (plus), got none")
+    if hypergraph.num_vertices != num_vertices:
+        raise InputError(f"expected a hypergraph of {num_vertices} vertices, got {hypergraph.num_vertices}")
+    if tuple(rho.shape) != (hypergraph.num_edges,):
+        raise InputError(f"expected rho of {hypergraph.num_edges} hyperedges, got shape {tuple(rho.shape)}")
+    if not bool(((rho >= 0) & (rho <= 1)).all()):
+        raise InputError("expected rho from 0 to 1, got NaN or a score beyond it")

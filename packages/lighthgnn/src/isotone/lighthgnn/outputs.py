@@ -26,14 +26,14 @@ def probabilities(logits: Float[Tensor, "B C"], multilabel: bool = False) -> Flo
     return logits.sigmoid() if multilabel else logits.softmax(1)
 
 
-def log_probabilities(logits: Float[Tensor, "B C"], multilabel: bool = False) -> Float[Tensor, B * K]:
+def log_probabilities(logits: Float[Tensor, "B C"], multilabel: bool = False) -> Float[Tensor, " B *K"]:
     """Logarithms of the outcomes' probabilities, without rounding to 0 first."""
     if multilabel:
         return torch.stack((F.logsigmoid(logits), F.logsigmoid(-logits)), -1)
     return logits.log_softmax(1)
 
 
-def outcomes(p: Float[Tensor, "B C"], multilabel: bool = False) -> Float[Tensor, B * K]:
+def outcomes(p: Float[Tensor, "B C"], multilabel: bool = False) -> Float[Tensor, " B *K"]:
     """Probabilities of all outcomes: p itself, or (p, 1 - p) of each label."""
     return torch.stack((p, 1 - p), -1) if multilabel else p
 

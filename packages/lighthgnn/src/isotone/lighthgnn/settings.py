@@ -125,6 +125,44 @@ def check_labels(labels: Any, num_classes: int | None = None) -> np.ndarray:
     return y
 
 
+def check_parts(y: Tensor, train: Tensor, val: Tensor, num_vertices: int) -> int:
+    """How many classes the labels of two vertex sets need (of label sets: their labels, C).
+
+    Raises `InputError` on labels of another number of vertices, sets that are empty, leave 0..N-1 or share a vertex,
+    and labels in them that are unknown, fractions, or (of label sets) not zeros and ones.
+    """
+    if len(y) != num_vertices:
+        raise InputError(f"expected {num_vertices} labels, one a row of X, got {len(y)}")
+    for name, index in (("train", train), ("val", val)):
+        if index.ndim != 1 or len(index) == 0 or index.is_floating_point() or index.dtype == torch.bool:
+            raise InputError(
+                f"expected {name} as a list of vertex ids, got shape {tuple(index.shape)} of {index.dtype}"
+            )
+        if int(index.min()) < 0 or int(index.max()) >= num_vertices:
+            got = f"{int(index.min())} to {int(index.max())}"
+            raise InputError(f"expected {name} from 0 to {num_vertices - 1}, got {got}")
+    if len(shared := train[torch.isin(train, val)]):
+        raise InputError(f"expected disjoint vertex sets, got vertex {int(shared[0])} in train and val")
+    if y.is_floating_point() or (y.ndim == 1 and y.dtype != torch.long):
+        raise InputError(f"expected labels as whole numbers (int64), got {y.dtype}")
+    seen = y[torch.cat((train, val))]
+    least, most = int(seen.min()), int(seen.max())
+    if y.ndim == 2:
+        if least < 0 or most > 1:
+            raise InputError(f"expected label sets of zeros and ones, got {least if least < 0 else most}")
+        return y.shape[1]
+    if least < 0:
+        raise InputError(f"expected a label for every vertex of train and val, got {least}")
+    return most + 1
+
+
+def check_width(logits: Tensor, needed: int) -> None:
+    """Raise `InputError` where a model's outputs (N x C) are fewer than the classes that the labels need."""
+    if logits.ndim != 2 or logits.shape[1] < needed:
+        got = f"{tuple(logits.shape)} for labels of {needed} classes"
+        raise InputError(f"expected logits N x C with a column for each class, got {got}")
+
+
 def check_disjoint(parts: dict[str, Tensor]) -> None:
     """Raise `InputError` where two index sets share a vertex, or one lists a vertex twice."""
     owner: dict[int, str] = {}

@@ -18,6 +18,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from isotone.lighthgnn.features import Features
+from isotone.lighthgnn.settings import check_parts, check_width
 from isotone.lighthgnn.training import TrainConfig, epoch_seed, seeded
 from isotone.shared.errors import InputError
 
@@ -26,7 +27,7 @@ def train_teachers_together(
     teachers: Sequence[nn.Module],
     X: Features,
     structure: Any,
-    y: Int[Tensor, N * C],
+    y: Int[Tensor, " N *C"],
     train: Int[Tensor, "S a"],
     val: Int[Tensor, "S_val b"],
     config: TrainConfig | None = None,
@@ -44,6 +45,7 @@ def train_teachers_together(
         raise InputError(f"expected one class a vertex to train together, got labels of shape {tuple(y.shape)}")
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in teachers[0].modules()):
         raise InputError("expected teachers without batch norm to train together")
+    needed = max(check_parts(y, *rows, X.shape[0]) for rows in zip(train, val, strict=True))
     base = teachers[0]
     stacked, buffers = stack_module_state(list(teachers))
     weights: dict[str, Tensor] = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in stacked.items()}
@@ -59,6 +61,7 @@ def train_teachers_together(
         base.train()
         with seeded(epoch_seed(config.seed, epoch)):
             scores = every(weights, buffers)
+            check_width(scores[0], needed)
             chosen = scores.gather(1, train.unsqueeze(2).expand(-1, -1, scores.shape[2]))
             # the sum over seeds of each seed's mean: no seed's gradient depends on how many there are
             loss = F.cross_entropy(chosen.flatten(0, 1), y[train].flatten()) * len(teachers)

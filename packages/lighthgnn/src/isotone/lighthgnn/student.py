@@ -99,7 +99,7 @@ class LightMLP(nn.Module):
         self.train(training)
         return probabilities(logits / self.temperature, self.config["multilabel"])
 
-    def predict(self, X: Any) -> Int[Tensor, B * C]:
+    def predict(self, X: Any) -> Int[Tensor, " B *C"]:
         """The most probable class of each row (B); zeros and ones (B x C) where `multilabel`."""
         found = self.predict_proba(X)
         return (found > 0.5).long() if self.config["multilabel"] else found.argmax(1)
@@ -137,7 +137,7 @@ class LightMLP(nn.Module):
         return export_onnx(self, path, int8)
 
     @torch.no_grad()
-    def calibrate(self, X: Features, y: Int[Tensor, B * C]) -> float:
+    def calibrate(self, X: Features, y: Int[Tensor, " B *C"]) -> float:
         """Set `temperature` to the one that fits these rows best (`outputs.fit_temperature`), and return it."""
         training = self.training
         self.eval()

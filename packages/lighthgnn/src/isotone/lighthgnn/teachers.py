@@ -49,6 +49,16 @@ class Teacher(nn.Module):
         if layers < 1 or min(in_channels, hidden, num_classes) < 1:
             raise InputError(f"expected sizes of at least 1, got {(in_channels, hidden, num_classes)}, {layers} layers")
         self.multilabel = multilabel
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "hidden": hidden,
+            "num_classes": num_classes,
+            "layers": layers,
+            "dropout": dropout,
+            "batch_norm": batch_norm,
+            "multilabel": multilabel,
+            **more,
+        }
         widths = [in_channels, *[hidden] * (layers - 1), num_classes]
         self.layers = nn.ModuleList(self._stack(widths, dropout=dropout, batch_norm=batch_norm, **more))
         self._expanded: tuple[Hypergraph, Graph] | None = None
@@ -203,7 +213,7 @@ def predict_proba(
 
 
 def calibrated_temperature(
-    teacher: nn.Module, X: Features, structure: Any, y: Int[Tensor, N * C], val: Int[Tensor, " b"]
+    teacher: nn.Module, X: Features, structure: Any, y: Int[Tensor, " N *C"], val: Int[Tensor, " b"]
 ) -> float:
     """The temperature at which a teacher's probabilities fit the labels of `val` best (`outputs.fit_temperature`)."""
     training = teacher.training
