@@ -83,6 +83,65 @@ def test_observed_vertices_are_scored_by_what_was_observed(tmp_path):
         assert abs(found[part]["accuracy"] - 100 * float((data.y[ids] == label).float().mean())) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's folder with a teacher and a student."""
+    folder = tmp_path_factory.mktemp("finished")
+    files(folder)
+    arrays = dict(np.load(folder / "data.npz"))
+    mixed = np.stack((np.tile(np.arange(60), 2), np.random.default_rng(0).integers(12, size=120)))
+    np.savez(folder / "data.npz", **{**arrays, "hyperedge_index": mixed})  # of mixed classes: changes may cancel
+    for verb in (["train", *SMALL], ["distill", *SMALL[4:]]):
+        run(folder, verb[0], "--data", "data.npz", "--out", "run", "--quiet", *verb[1:])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["train", "--dropout", "0.1"], "dropout 0.5 (now 0.1)"),
+        (["train", "--hidden", "64"], "hidden 32 (now 64)"),
+        (["train", "--layers", "3"], "layers 2 (now 3)"),
+        (["train", "--teacher", "hgnnp"], "class HGNN (now HGNNP)"),
+        (["train", "--normalize"], "X "),
+        (["train", "--num-train", "4"], "train "),
+        (["distill", "--noise", "additive"], "rho "),
+        (["distill", "--noise-level", "0.5"], "rho "),
+        (["distill", "--noise-samples", "9"], "rho "),
+        (["distill", "--normalize-scores", "quantile"], "rho "),
+        (["distill", "--change", "vertices"], "rho "),
+        (["distill", "--calibrate-teacher"], "rho "),
+        (["distill", "--hidden", "64"], "hidden 128 (now 64)"),
+        (["distill", "--dropout", "0.1"], "dropout 0.5 (now 0.1)"),
+        (["distill", "--no-batch-norm"], "batch_norm True (now False)"),
+        (["distill", "--light"], "plus True (now False)"),
+    ],
+)
+def test_a_finished_run_is_not_mistaken_for_another(finished, changes, words):
+    def content():
+        names = ("teacher.json", "student.json", "reliability.npy", "teacher.safetensors", "student.safetensors")
+        return [(finished / "run" / name).read_bytes() for name in names]
+
+    before = content()
+    verb, *more = changes
+    small = SMALL if verb == "train" else SMALL[4:]
+    result = run_cli(app, [verb, "--data", "data.npz", "--out", "run", *small, *more], finished)
+    assert result.code == 2 and f"own settings: {words}" in result.stderr and "--fresh" in result.stderr
+    assert content() == before
+
+
+@pytest.mark.parametrize(
+    "name, content", [("run.json", b"[]"), ("run.json", b"{}"), ("run.json", b"{"), ("split.npz", b"PK\3\4")]
+)
+def test_a_broken_run_is_one_sentence(finished, name, content):
+    path = finished / "run" / name
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    result = run_cli(app, ["evaluate", "--data", "data.npz", "--out", "run"], finished)
+    path.write_bytes(whole)
+    assert result.code == 2 and name in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("teacher", ["gcn", "unigat"])
 def test_other_teachers(teacher, tmp_path):
     files(tmp_path)

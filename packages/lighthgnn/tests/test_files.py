@@ -57,6 +57,21 @@ def test_hypernetx():
     hnx = pytest.importorskip("hypernetx")
     hg, names = from_hypernetx(hnx.Hypergraph({"p": ["a", "b"], "q": ["b", "c", "d"]}))
     assert {frozenset(names[v] for v in e) for e in hg.edges()} == {frozenset("ab"), frozenset("bcd")}
+    theirs = hnx.Hypergraph({"p": ["a", "b"], "q": ["b", "c"]}, edge_properties={"p": {"weight": 2.5}, "q": {}})
+    assert from_hypernetx(theirs)[0].edge_weight.tolist() == [2.5, 1.0]
+
+
+def test_weights_of_hyperedges_are_kept(tmp_path):
+    document = {"incidences": [{"edge": e, "node": v} for e, edge in enumerate(EDGES) for v in edge]}
+    document["edges"] = [{"edge": 0, "weight": 2.0}, {"edge": 1, "attrs": {"weight": 3.0}}, {"edge": 2, "attrs": None}]
+    assert read_hif(document)[0].edge_weight.tolist() == [2.0, 3.0, 1.0]
+    xgi = pytest.importorskip("xgi")
+    theirs = xgi.Hypergraph()
+    theirs.add_edge([0, 1], weight=2.5)
+    theirs.add_edge([1, 2])
+    assert from_xgi(theirs)[0].edge_weight.tolist() == [2.5, 1.0]
+    xgi.write_hif(theirs, tmp_path / "w.json")
+    assert read_hif(tmp_path / "w.json")[0].edge_weight.tolist() == [2.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +79,8 @@ def test_hypernetx():
     [
         ("{", "JSON"),
         ({"nodes": []}, "incidences"),
-        ({"network-type": "directed", "incidences": []}, "directed"),
+        ({"network-type": "directed", "incidences": []}, "'directed'"),
+        ({"network-type": "asc", "incidences": []}, "'asc'"),
         ({"incidences": [{"edge": 1}]}, "'node'"),
         ({"edges": [{"edge": 1}], "incidences": [{"edge": 2, "node": 0}]}, "hyperedge 0 without"),
         ({"edges": [{"edge": 1, "weight": -1}], "incidences": [{"edge": 1, "node": 0}]}, "got -1"),
@@ -260,6 +276,54 @@ def test_int8_codes_are_within_half_a_step():
     matrix = torch.randn(5, 40)
     codes, scale = quantize_rows(matrix)
     assert codes.dtype == torch.int8 and ((codes * scale[:, None] - matrix).abs() <= scale[:, None] / 2 + 1e-7).all()
+
+
+def _broken(content):
+    """The first half of a file, an empty one, and 50 zeroed bytes anywhere."""
+    yield content[: len(content) // 2]
+    yield b""
+    for start in range(0, len(content), max(1, len(content) // 60)):
+        yield content[:start] + bytes(50) + content[start + 50 :]
+
+
+def test_broken_arrays_are_one_sentence_that_names_the_file(tmp_path):
+    source = np.random.default_rng(0)
+    hg = Hypergraph(50, [source.choice(50, 5, replace=False).tolist() for _ in range(60)], source.uniform(1, 2, 60))
+    X, y = scipy.sparse.random(50, 90, 0.04, "csr", np.float32, source), source.integers(3, size=50)
+    paths = {"hg.npz": hg.save, "data.npz": make_dataset("d", X, y, hg).save}
+    paths["x.npy"] = lambda path: np.save(path, np.eye(9)) or path
+    paths["x.npz"] = lambda path: np.savez_compressed(path, x=source.normal(size=(50, 9))) or path
+    readers = {"hg.npz": Hypergraph.load, "data.npz": load_dataset}
+    for name, write in paths.items():
+        path, read = write(tmp_path / name), readers.get(name, read_features)
+        content, refused = path.read_bytes(), 0
+        read(path)
+        for broken in _broken(content):
+            path.write_bytes(broken)
+            try:
+                read(path)
+            except InputError as error:
+                assert name in str(error)
+                refused += 1
+        assert refused >= (30 if name.endswith("npz") else 3), "zeros among the numbers of an npy are numbers"
+    np.savez(tmp_path / "hg.npz", num_vertices=5, indptr=[0, 3, 2], indices=[0, 1])
+    with pytest.raises(InputError, match="hg.npz.*ascend"):
+        Hypergraph.load(tmp_path / "hg.npz")
+    with pytest.raises(FileNotFoundError):
+        load_dataset(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"in_channels": "6"}', '{"in_channels": -1}'])
+def test_a_config_of_something_else_is_one_sentence(text, tmp_path):
+    save_student(_student(), tmp_path)
+    (tmp_path / "student.json").write_text(text)
+    with pytest.raises(InputError, match="student.json"):
+        load_student(tmp_path)
+    sizes = {"in_channels": 6, "num_classes": 3}
+    save_teacher(make_teacher("hgnn", **sizes), tmp_path, "hgnn", **sizes)
+    (tmp_path / "teacher.json").write_text(text.replace("{", '{"name": "hgnn", '))
+    with pytest.raises(InputError, match="teacher.json"):
+        load_teacher(tmp_path)
 
 
 def test_broken_files_are_one_sentence(tmp_path):

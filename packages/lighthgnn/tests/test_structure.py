@@ -157,6 +157,19 @@ def test_other_forms_of_input_agree(tmp_path):
     assert repr(hg) == "Hypergraph(num_vertices=7, num_edges=5, nnz=12)" and hg.laplacian_entries() == 34
 
 
+def test_two_rows_of_an_array_are_incidences():
+    hg = Hypergraph(7, EDGES)
+    index = hg.hyperedge_index
+    pair = (index[0].tolist(), index[1].tolist())
+    for form in (index, index.numpy(), tuple(index), tuple(index.numpy()), pair, tuple(map(tuple, pair))):
+        assert Hypergraph(7, form).edges() == EDGES
+    assert Hypergraph(7, [[0, 1, 2], [3, 4, 5]]).edges() == [[0, 1, 2], [3, 4, 5]], "a list of two is two hyperedges"
+    assert Hypergraph(7, np.arange(6).reshape(3, 2)).edges() == [[0, 1], [2, 3], [4, 5]]
+    for form, words in [(index.float(), "integers"), (([0, 1], [0]), "got 2 and 1"), (index - 1, "0 or more")]:
+        with pytest.raises(InputError, match=words):
+            Hypergraph(7, form)
+
+
 def test_observed_subgraph():
     hg = Hypergraph(7, EDGES, WEIGHTS)
     seen = hg.subgraph(torch.tensor([0, 2, 3, 5]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -144,7 +143,6 @@ def distill(
             noise=noise, level=noise_level, samples=noise_samples, normalize=normalize_scores, change=change,
             temperature=temperature, generator=generator, structure=structure,
         )  # fmt: skip
-        _save_reliability(rho, run.out)
     with seeded(config.train.seed):
         batch_norm = not no_batch_norm
         student = LightMLP(
@@ -163,6 +161,8 @@ def distill(
         student.calibrate(take_rows(X, parts[1]), seen.y.to(where)[parts[1]])
     path = exports.save_student(student, run.out)
     jobs.save_split(split, run.out, **facts)
+    if rho is not None:
+        _save_reliability(rho, run.out)
     return {
         "student": str(path),
         "validation accuracy": round(history.best_accuracy, 4),
@@ -185,12 +185,7 @@ def _distillation(
 
 def _run_data(data: str, source: Path) -> tuple[Any, Any, dict[str, Any]]:
     """The data of a run, features normalised and synthetic ones seeded as they were when it was trained."""
-    facts: dict[str, Any] = {}
-    if (source / "run.json").is_file():
-        try:
-            facts = json.loads((source / "run.json").read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"expected JSON in {str(source / 'run.json')!r}") from None
+    facts = jobs.read_facts(source) if (source / "run.json").is_file() else {}
     dataset = jobs.open_data(data, facts.get("normalize", False), facts.get("seed", 0))
     split, facts = jobs.load_split(source, len(dataset.y))
     return dataset, split, facts

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from isotone.lighthgnn.arrays import read_npz
 from isotone.lighthgnn.features import Features, as_features, l1_normalize
 from isotone.lighthgnn.graph import Graph
 from isotone.lighthgnn.hypergraph import Hypergraph
@@ -46,7 +47,7 @@ class Dataset:
 
     name: str
     X: Features
-    y: Int[Tensor, N * C]
+    y: Int[Tensor, " N *C"]
     hypergraph: Hypergraph
     graph: Graph | None = None
     source: dict[str, str] | None = None
@@ -107,13 +108,8 @@ def load_dataset(path: str | os.PathLike[str], normalize: bool = False) -> Datas
     `normalize`: rows of features divided by their sum. Raises `InputError` where a field is missing or bad.
     """
     path = Path(path)
-    content = path.read_bytes()
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"expected an npz of arrays at {os.fspath(path)!r}: {error}") from None
-    source = data.provenance(path.name, content)
+    arrays = read_npz(path)
+    source = data.provenance(path.name, path.read_bytes())
     try:
         made = (
             _from_planetoid(path.stem, arrays, source)
@@ -122,7 +118,7 @@ def load_dataset(path: str | os.PathLike[str], normalize: bool = False) -> Datas
         )
     except KeyError as error:
         raise InputError(f"expected the array {error} in {os.fspath(path)!r}, found none") from None
-    except InputError as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise InputError(f"{os.fspath(path)!r}: {error}") from None
     if not normalize:
         return made

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from isotone.lighthgnn.teachers import TEACHERS, Teacher, make_teacher
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
+Made = TypeVar("Made", bound=nn.Module)
 FORMATS = ("safetensors", "onnx", "onnx-int8", "torch-export")
 
 
@@ -30,7 +32,7 @@ def save_student(student: LightMLP, folder: str | os.PathLike[str]) -> Path:
 def load_student(folder: str | os.PathLike[str]) -> LightMLP:
     """What `save_student` wrote, in eval mode; `InputError` where it is missing or broken."""
     config, weights = _load(folder, "student")
-    student = LightMLP(**config)
+    student = _made(lambda: LightMLP(**config), "student", folder)
     _fill(student, weights, folder)
     return student
 
@@ -45,7 +47,7 @@ def load_teacher(folder: str | os.PathLike[str]) -> Teacher:
     config, weights = _load(folder, "teacher")
     if config.get("name") not in TEACHERS:
         raise InputError(f"expected a teacher of {', '.join(TEACHERS)} in {os.fspath(folder)!r}")
-    teacher = make_teacher(**config)
+    teacher = _made(lambda: make_teacher(**config), "teacher", folder)
     _fill(teacher, weights, folder)
     return teacher
 
@@ -180,9 +182,19 @@ def _load(folder: str | os.PathLike[str], stem: str) -> tuple[dict[str, Any], di
             raise InputError(f"expected {name} in {str(folder)!r}, found none")
     try:
         config = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        return config, load((folder / f"{stem}.safetensors").read_bytes())
+        weights = load((folder / f"{stem}.safetensors").read_bytes())
     except (ValueError, SafetensorError) as error:
         raise InputError(f"expected a whole {stem} in {str(folder)!r}: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"expected an object in {stem}.json of {str(folder)!r}, got {type(config).__name__}")
+    return config, weights
+
+
+def _made(make: Callable[[], Made], stem: str, folder: str | os.PathLike[str]) -> Made:
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected the sizes of a {stem} in {stem}.json of {os.fspath(folder)!r}: {error}") from None
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:

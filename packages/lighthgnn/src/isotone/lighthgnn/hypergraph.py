@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from isotone.lighthgnn.arrays import read_npz
 from isotone.lighthgnn.sparse import SparseMatrix
 from isotone.lighthgnn.structure import Structure
 from isotone.shared.checkpoint import atomic_write
@@ -26,7 +27,8 @@ from isotone.shared.errors import InputError
 class Hypergraph(Structure):
     """N vertices and E hyperedges, each a set of vertices with a weight above 0.
 
-    `edges`: a list of vertex lists, or (vertex index, hyperedge index), two integer arrays of I incidences.
+    `edges`: a list of vertex lists; or I incidences as a tuple (vertex index, hyperedge index) of two arrays or
+    lists, or as one 2 x I array or tensor, torch-geometric's `hyperedge_index`.
     Canonical form: the vertices of a hyperedge ascend, a vertex listed twice counts once, and equal hyperedges are
     merged into the first of them, their weights averaged, as dhg does (`merge=False` keeps them). Raises
     `InputError` on a vertex id outside 0..N-1, an empty hyperedge, or a weight that is not above 0.
@@ -232,14 +234,11 @@ class Hypergraph(Structure):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Hypergraph:
         """What `save` wrote, hyperedges in the same order."""
+        arrays = read_npz(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                weight = file["edge_weight"] if "edge_weight" in file else None
-                rows = _RowSets(file["indptr"], file["indices"])
-                return cls(int(file["num_vertices"]), rows, weight, merge=False)
-        except (KeyError, ValueError, OSError) as error:
-            if isinstance(error, (InputError, FileNotFoundError)):
-                raise
+            rows = _RowSets(arrays["indptr"], arrays["indices"])
+            return cls(int(arrays["num_vertices"]), rows, arrays.get("edge_weight"), merge=False)
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"expected a hypergraph's npz at {os.fspath(path)!r}: {error}") from None
 
 
@@ -248,6 +247,10 @@ class _RowSets:
 
     def __init__(self, indptr: Any, indices: Any) -> None:
         self.indptr, self.indices = np.asarray(indptr, np.int64), np.asarray(indices, np.int64)
+        if self.indptr.ndim != 1 or self.indices.ndim != 1 or len(self.indptr) == 0:
+            raise InputError(f"expected indptr and indices in one dimension, got {indptr.shape} and {indices.shape}")
+        if self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (np.diff(self.indptr) < 0).any():
+            raise InputError(f"expected indptr to ascend from 0 to {len(self.indices)}, the incidences")
 
 
 def _incidences(num_vertices: int, edges: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -256,8 +259,8 @@ def _incidences(num_vertices: int, edges: Any) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"expected at least 1 vertex, got {num_vertices}")
     if isinstance(edges, _RowSets):
         vertices, indptr = edges.indices, edges.indptr
-    elif isinstance(edges, tuple) and len(edges) == 2 and all(hasattr(part, "__array__") for part in edges):
-        vertices, owner = (np.asarray(part).ravel() for part in edges)
+    elif _are_incidences(edges):
+        vertices, owner = (np.asarray(part.cpu() if isinstance(part, Tensor) else part).ravel() for part in edges)
         if len(vertices) != len(owner):
             raise InputError(f"expected as many vertices as hyperedge ids, got {len(vertices)} and {len(owner)}")
         _check_integers(vertices, owner)
@@ -280,6 +283,13 @@ def _incidences(num_vertices: int, edges: Any) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"expected no empty hyperedge, got hyperedge {empty[0]} without vertices")
     _check_ids(vertices, num_vertices)
     return vertices.astype(np.int64), indptr.astype(np.int64)
+
+
+def _are_incidences(edges: Any) -> bool:
+    """A pair of index arrays, or both as the rows of one array; a list of two lists is two hyperedges."""
+    if isinstance(edges, (np.ndarray, Tensor)):
+        return edges.ndim == 2 and edges.shape[0] == 2
+    return isinstance(edges, tuple) and len(edges) == 2
 
 
 def _check_integers(*arrays: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from isotone.lighthgnn import readers
+from isotone.lighthgnn.arrays import read_npy, read_npz
 from isotone.lighthgnn.dataset import KNOWN, Dataset, digits_knn, known_dataset, load_dataset, make_dataset
 from isotone.lighthgnn.features import Features, as_features, blend_noise, l1_normalize, take_rows
 from isotone.lighthgnn.settings import Split, local_ids, observed_hypergraph
@@ -59,15 +60,26 @@ def load_split(folder: Path, num_vertices: int) -> tuple[Split, dict[str, Any]]:
     for name in ("split.npz", "run.json"):
         if not (folder / name).is_file():
             raise InputError(f"expected {name} in {str(folder)!r} (isotone lighthgnn train makes it), found none")
+    arrays, facts = read_npz(folder / "split.npz"), read_facts(folder)
     try:
-        with np.load(folder / "split.npz", allow_pickle=False) as file:
-            split = Split(**{part.name: torch.from_numpy(file[part.name]) for part in dataclasses.fields(Split)})
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (KeyError, ValueError, OSError) as error:
+        split = Split(**{part.name: torch.from_numpy(arrays[part.name]) for part in dataclasses.fields(Split)})
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"expected a run's split in {str(folder)!r}: {error}") from None
     if facts.get("num_vertices") != num_vertices:
         raise InputError(f"expected the run's own data of {facts.get('num_vertices')} vertices, got {num_vertices}")
     return split, facts
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json of a run's folder holds; `InputError` where that is no object with a seed."""
+    path = folder / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"expected JSON in {str(path)!r}: {error}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("seed"), int):
+        raise InputError(f"expected an object with the run's seed in {str(path)!r}, got {str(facts)[:40]}")
+    return facts
 
 
 @dataclass(frozen=True)
@@ -96,16 +108,9 @@ def observe(data: Dataset, split: Split, on_graph: bool = False) -> Observed:
 def read_features(path: Path) -> Features:
     """Rows of features from .npy, .npz (x, or x_data ...), or .csv of numbers, a row a line."""
     if path.suffix == ".npy":
-        return as_features(_loaded(path), str(path))
+        return as_features(read_npy(path), str(path))
     if path.suffix == ".npz":
-        arrays = _loaded(path)
-        with arrays:
-            if "x" in arrays:
-                return as_features(arrays["x"], str(path))
-            if "x_data" in arrays:
-                parts = tuple(arrays[f"x_{part}"] for part in ("data", "indices", "indptr"))
-                return as_features(scipy.sparse.csr_matrix(parts, tuple(arrays["x_shape"])))
-        raise InputError(f"expected the array x in {str(path)!r}, found none")
+        return _features_of(read_npz(path), path)
     text = path.read_text(encoding="utf-8")
     try:
         rows = [[float(cell) for cell in row] for row in csv.reader(text.splitlines()) if row]
@@ -116,13 +121,16 @@ def read_features(path: Path) -> Features:
         raise InputError(f"expected rows of numbers in {str(path)!r}: {error}") from None
 
 
-def _loaded(path: Path) -> Any:
+def _features_of(arrays: dict[str, Any], path: Path) -> Features:
+    if "x" in arrays:
+        return as_features(arrays["x"], str(path))
     try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"expected arrays in {str(path)!r}: {error}") from None
+        parts = tuple(arrays[f"x_{part}"] for part in ("data", "indices", "indptr"))
+        return as_features(scipy.sparse.csr_matrix(parts, tuple(arrays["x_shape"])), str(path))
+    except KeyError as error:
+        raise InputError(f"expected the array x in {str(path)!r}, or {error} of sparse ones; found none") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected rows of features in {str(path)!r}: {error}") from None
 
 
 def convert(source: Path, features: Path | None, labels: Path | None, normalize: bool) -> Dataset:
@@ -146,7 +154,7 @@ def convert(source: Path, features: Path | None, labels: Path | None, normalize:
         hypergraph = readers.read_edge_list(source, X.shape[0])
     try:
         y = (
-            _loaded(labels)
+            read_npy(labels)
             if labels.suffix == ".npy"
             else np.array([int(word) for word in labels.read_text(encoding="utf-8").split()])
         )

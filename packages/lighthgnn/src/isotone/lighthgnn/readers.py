@@ -40,8 +40,9 @@ def read_edge_list(path: str | os.PathLike[str], num_vertices: int | None = None
 def read_hif(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Hypergraph, list[Hashable]]:
     """A hypergraph in the Hypergraph Interchange Format, a file or its parsed JSON; and the name of each vertex.
 
-    Vertices are numbered as "nodes" lists them, then by first incidence. An edge's "weight" is its weight. Raises
-    `InputError` on a directed network, an edge without incidences, or what is not HIF.
+    Vertices are numbered as "nodes" lists them, then by first incidence. An edge's "weight", its own or among its
+    "attrs", is its weight. Raises `InputError` on a directed network or a simplicial complex (asc), whose faces are
+    not listed, on an edge without incidences, and on what is not HIF.
     """
     document = source
     if not isinstance(document, Mapping):
@@ -52,19 +53,23 @@ def read_hif(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Hyperg
             raise InputError(f"expected JSON in {path!r}: {error}") from None
     if not isinstance(document, Mapping) or not isinstance(document.get("incidences"), list):
         raise InputError("expected HIF with a list of incidences, found none")
-    if document.get("network-type", "undirected") == "directed":
-        raise InputError("expected an undirected hypergraph, got network-type directed")
+    if (kind := document.get("network-type", "undirected")) != "undirected":
+        raise InputError(f"expected HIF of network-type undirected, got {kind!r}")
     try:
         members: dict[Hashable, list[Hashable]] = {item["edge"]: [] for item in document.get("edges", ())}
         names = [item["node"] for item in document.get("nodes", ())]
         for incidence in document["incidences"]:
             members.setdefault(incidence["edge"], []).append(incidence["node"])
-        weights = {item["edge"]: float(item["weight"]) for item in document.get("edges", ()) if "weight" in item}
+        weights = {item["edge"]: _hif_weight(item) for item in document.get("edges", ())}
     except KeyError as error:
         raise InputError(f"expected HIF records with edge and node, missing {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"expected HIF records with names and weights as numbers: {error}") from None
     return _named(members, names, weights)
+
+
+def _hif_weight(edge: Mapping[str, Any]) -> float:
+    return float(edge.get("weight", (edge.get("attrs") or {}).get("weight", 1.0)))
 
 
 def write_hif(hypergraph: Hypergraph, path: str | os.PathLike[str], names: Iterable[Hashable] | None = None) -> Path:
@@ -85,15 +90,17 @@ def write_hif(hypergraph: Hypergraph, path: str | os.PathLike[str], names: Itera
 
 
 def from_hypernetx(hypergraph: Any) -> tuple[Hypergraph, list[Hashable]]:
-    """From a `hypernetx.Hypergraph` (its `incidence_dict` and `nodes`); and the name of each vertex."""
+    """From a `hypernetx.Hypergraph` (its `incidence_dict`, `nodes`, edges' weights); and the name of each vertex."""
     members = {edge: list(nodes) for edge, nodes in hypergraph.incidence_dict.items()}
-    return _named(members, list(hypergraph.nodes), {})
+    weights = {edge: float(hypergraph.edges[edge].weight) for edge in members}
+    return _named(members, list(hypergraph.nodes), weights)
 
 
 def from_xgi(hypergraph: Any) -> tuple[Hypergraph, list[Hashable]]:
-    """From an `xgi.Hypergraph` (its `edges.members` and `nodes`); and the name of each vertex."""
+    """From an `xgi.Hypergraph` (its `edges.members`, `nodes`, edges' attribute "weight"); and each vertex's name."""
     members = {edge: sorted(nodes, key=str) for edge, nodes in hypergraph.edges.members(dtype=dict).items()}
-    return _named(members, list(hypergraph.nodes), {})
+    weights = {edge: float(weight) for edge, weight in hypergraph.edges.attrs("weight", missing=1.0).asdict().items()}
+    return _named(members, list(hypergraph.nodes), weights)
 
 
 def _named(
