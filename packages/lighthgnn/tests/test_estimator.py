@@ -47,6 +47,32 @@ def test_labels_outside_the_given_rows_are_not_looked_at():
     assert same(*fitted)
 
 
+def test_flags_stand_for_the_rows_they_mark():
+    flags = {f"{name}_idx": torch.zeros(240, dtype=torch.bool) for name in ("train", "val")}
+    flags["train_idx"][SPLIT.train], flags["val_idx"][SPLIT.val] = True, True
+    numbers = {"train_idx": SPLIT.train, "val_idx": SPLIT.val.tolist()}
+    for convert in (lambda flag: flag, lambda flag: flag.numpy(), lambda flag: flag.tolist()):
+        given = {name: convert(flag) for name, flag in flags.items()}
+        models = [LightHGNN(epochs=2).fit(MADE.X, MADE.hypergraph, MADE.y, **rows) for rows in (numbers, given)]
+        assert same(models[0].student_, models[1].student_)
+
+
+def test_incidences_of_torch_geometric():
+    index = MADE.hypergraph.hyperedge_index
+    model = LightHGNN(epochs=1).fit(MADE.X, index, MADE.y)
+    assert model.hypergraph_.edges() == MADE.hypergraph.edges()
+
+
+@pytest.mark.parametrize("names", [(1, 0, 7), ("b", "a", "c"), (True, False, 2), (1, "x", (2, 3)), (2.5, 1, "y")])
+def test_labels_of_any_kind_come_back_as_they_were(names):
+    y = np.empty(240, dtype=object)
+    for row, label in enumerate(MADE.y.tolist()):
+        y[row] = names[label] if row < 200 else None
+    model = LightHGNN(epochs=1, teacher_hidden=8, student_hidden=16).fit(MADE.X, MADE.hypergraph, y)
+    assert {(type(label), label) for label in model.classes_.tolist()} == {(type(label), label) for label in names}
+    assert set(model.predict(MADE.X).tolist()) <= set(names)
+
+
 @pytest.mark.parametrize(
     "X, edges, y, options, words",
     [
@@ -57,6 +83,11 @@ def test_labels_outside_the_given_rows_are_not_looked_at():
         (MADE.X, MADE.hypergraph, np.full(240, -1), {}, "at least one labelled"),
         (MADE.X, MADE.hypergraph, MADE.y, {"train_idx": [0, 1], "val_idx": [1]}, "vertex 1"),
         (MADE.X, MADE.hypergraph, MADE.y.float() + np.nan, {}, "NaN"),
+        (MADE.X, MADE.hypergraph, np.array([np.nan, "a"] * 120, dtype=object), {}, "NaN"),
+        (MADE.X, MADE.hypergraph, MADE.y, {"train_idx": [0, 999]}, "train_idx from 0 to 239, got 0 to 999"),
+        (MADE.X, MADE.hypergraph, MADE.y, {"train_idx": [0, 1], "val_idx": [-1]}, "val_idx from 0 to 239, got -1"),
+        (MADE.X, MADE.hypergraph, MADE.y, {"train_idx": [True, False]}, "240 flags in train_idx"),
+        (MADE.X, MADE.hypergraph, MADE.y, {"train_idx": [0.5, 1.0]}, "row numbers or flags"),
     ],
 )
 def test_estimator_refuses(X, edges, y, options, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,13 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
 
         `hyperedges`: a `Hypergraph`, lists of rows, or (row, hyperedge) index arrays. `y`: N labels of any kind, or
         N x C zeros and ones where a row may have any number of labels; where `train_idx` is not given, -1 or None
-        (a row of -1) marks the unlabelled rows. Labels outside `train_idx` and
-        `val_idx` are never looked at. Raises `InputError` on bad input.
+        (a row of -1) marks the unlabelled rows. `train_idx`, `val_idx`: row numbers, or N flags. Labels outside them
+        are never looked at. Raises `InputError` on bad input.
         """
         features = as_features(X).to(self.device)
         num_vertices = features.shape[0]
+        train_idx = _rows(train_idx, num_vertices, "train_idx")
+        val_idx = _rows(val_idx, num_vertices, "val_idx")
         self.classes_, encoded = _encode(y, num_vertices, train_idx, val_idx)
         train, val = self._split(encoded, train_idx, val_idx)
         hypergraph = hyperedges if isinstance(hyperedges, Hypergraph) else Hypergraph(num_vertices, hyperedges)
@@ -170,9 +173,9 @@ class LightHGNN(ClassifierMixin, BaseEstimator):
         return DistillConfig(**{name: getattr(self, name) for name in names}, train=TrainConfig(**own))
 
     def _split(self, y: np.ndarray, train_idx: Any, val_idx: Any) -> tuple[np.ndarray, np.ndarray]:
-        train = _index(train_idx, y, "train_idx") if train_idx is not None else np.flatnonzero(is_known(y))
+        train = _labelled(train_idx, y, "train_idx") if train_idx is not None else np.flatnonzero(is_known(y))
         if val_idx is not None:
-            val = _index(val_idx, y, "val_idx")
+            val = _labelled(val_idx, y, "val_idx")
             train = train if train_idx is not None else np.setdiff1d(train, val)
         else:
             if not 0 < self.val_share < 1:
@@ -219,21 +222,19 @@ def _encode(y: Any, num_vertices: int, train_idx: Any, val_idx: Any) -> tuple[np
     if labels.shape != (num_vertices,):
         raise InputError(f"expected {num_vertices} labels, one a row of X, got shape {labels.shape}")
     if labels.dtype == object:
-        known = np.array([label is not None and label != -1 for label in labels])
+        known = np.array([label is not None and not (isinstance(label, Real) and label == -1) for label in labels])
     else:
         known = labels != -1 if labels.dtype.kind in "if" else np.ones(num_vertices, bool)
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
             raise InputError("expected labels without NaN, got NaN or infinity")
     if train_idx is not None:
         seen = np.zeros(num_vertices, bool)
-        for index in (train_idx, val_idx if val_idx is not None else []):
-            seen[np.asarray(index, dtype=np.int64)] = True
+        for index in (train_idx, [] if val_idx is None else val_idx):
+            seen[index] = True
         known &= seen
     if not known.any():
         raise InputError("expected at least one labelled row, got none")
-    classes, numbers = np.unique(
-        labels[known].astype(str) if labels.dtype == object else labels[known], return_inverse=True
-    )
+    classes, numbers = _distinct(labels[known])
     if len(classes) < 2:
         raise InputError(f"expected at least 2 classes among the labelled rows, got {len(classes)}")
     encoded = np.full(num_vertices, -1, np.int64)
@@ -241,10 +242,45 @@ def _encode(y: Any, num_vertices: int, train_idx: Any, val_idx: Any) -> tuple[np
     return classes, encoded
 
 
-def _index(index: Any, y: np.ndarray, name: str) -> np.ndarray:
-    rows = np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index, dtype=np.int64).ravel()
-    if len(rows) and (rows.min() < 0 or rows.max() >= len(y)):
-        raise InputError(f"expected {name} from 0 to {len(y) - 1}, got {rows.min()} to {rows.max()}")
+def _distinct(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels there are, as they were given and in their own order, and the number of each one's label."""
+    if labels.dtype != object:
+        return np.unique(labels, return_inverse=True)
+    if any(isinstance(label, float) and label != label for label in labels):
+        raise InputError("expected labels without NaN, got NaN")
+    if {type(label) for label in labels} in ({str}, {int}, {float}, {bool}):
+        return np.unique(np.array(labels.tolist()), return_inverse=True)
+    try:
+        distinct = list(dict.fromkeys(labels))
+    except TypeError:
+        raise InputError("expected labels that can be compared for equality (hashable), got others") from None
+    try:
+        distinct.sort()
+    except TypeError:  # numbers beside names
+        distinct.sort(key=lambda label: (type(label).__name__, str(label)))
+    number = {label: position for position, label in enumerate(distinct)}
+    classes = np.empty(len(distinct), dtype=object)
+    classes[:] = distinct
+    return classes, np.array([number[label] for label in labels])
+
+
+def _rows(index: Any, num_rows: int, name: str) -> np.ndarray | None:
+    """Row numbers, ascending and each once, from row numbers or a flag for each row."""
+    if index is None:
+        return None
+    given = np.asarray(index.cpu() if isinstance(index, torch.Tensor) else index)
+    if given.dtype == bool:
+        if given.shape != (num_rows,):
+            raise InputError(f"expected {num_rows} flags in {name}, one a row of X, got shape {given.shape}")
+        return np.flatnonzero(given)
+    if given.ndim != 1 or (len(given) and not np.issubdtype(given.dtype, np.integer)):
+        raise InputError(f"expected {name} as row numbers or flags, got shape {given.shape} of {given.dtype}")
+    if len(given) and (given.min() < 0 or given.max() >= num_rows):
+        raise InputError(f"expected {name} from 0 to {num_rows - 1}, got {given.min()} to {given.max()}")
+    return np.unique(given.astype(np.int64))
+
+
+def _labelled(rows: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
     if not (known := is_known(y[rows])).all():
         raise InputError(f"expected a label for every row of {name}, row {rows[~known][0]} has none")
-    return np.unique(rows)
+    return rows
