@@ -1,9 +1,15 @@
 """What is refused, and in which words."""
 
+import importlib
+import inspect
+import pkgutil
+from types import FunctionType
+
 import pytest
 import torch
 from problem import EDGES, MADE, Fixed
 
+import isotone.lighthgnn
 from isotone.lighthgnn import (
     DistillConfig,
     HighOrderConstraint,
@@ -18,6 +24,18 @@ from isotone.lighthgnn import (
 from isotone.lighthgnn.features import as_features
 from isotone.lighthgnn.settings import Split, check_labels
 from isotone.shared.errors import InputError
+
+
+def test_every_annotation_can_be_read():
+    """A shape without its quotes is a name that is not there, and checks nothing."""
+    for part in pkgutil.iter_modules(isotone.lighthgnn.__path__, "isotone.lighthgnn."):
+        if part.name.endswith("__main__"):
+            continue
+        for thing in vars(importlib.import_module(part.name)).values():
+            if getattr(thing, "__module__", None) == part.name and isinstance(thing, (type, FunctionType)):
+                for owner in [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]:
+                    if isinstance(owner, (type, FunctionType)):
+                        inspect.get_annotations(owner, eval_str=True)
 
 
 @pytest.mark.parametrize(

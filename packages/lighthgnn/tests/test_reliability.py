@@ -9,14 +9,15 @@ from problem import EDGES, Fixed
 
 from isotone.lighthgnn import (
     Hypergraph,
+    SparseMatrix,
     make_synthetic,
     make_teacher,
+    reliability,
     reliable_hyperedge_scores,
     sample_hyperedges,
     train_teacher,
     transductive_split,
 )
-from isotone.lighthgnn import features as feature_module
 from isotone.lighthgnn.experiments import ranking_auc
 from isotone.lighthgnn.features import as_features, blend_noise, perturb
 from isotone.lighthgnn.outputs import entropy
@@ -38,6 +39,24 @@ def test_scores_equal_the_reference():
     moved = Hypergraph(7, [EDGES[i] for i in order])
     again = reliable_hyperedge_scores(Fixed(), X, moved, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(again, rho[order])
+
+
+@pytest.mark.parametrize("name", ["hgnn", "hnhn", "unigat"])
+def test_vertex_numbers_do_not_matter(name, monkeypatch):
+    """Permuting the vertices, with their features and their noise, leaves the score of every hyperedge."""
+    X, noise = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    to = torch.tensor([3, 6, 0, 5, 1, 2, 4])
+    with seeded(0):
+        teacher = make_teacher(name, 3, 4, hidden=8)
+    found = []
+    for place in (torch.arange(7), to):
+        moved, moved_noise = torch.empty(7, 3), torch.empty(7, 3)
+        moved[place], moved_noise[place] = X, noise
+        monkeypatch.setattr(reliability, "perturb", lambda X, *_, noisy=moved_noise: X * (1 + noisy))
+        hg = Hypergraph(7, [[int(place[v]) for v in edge] for edge in EDGES])
+        found.append(reliable_hyperedge_scores(teacher, moved, hg))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert found[0].unique().numel() > 2
 
 
 def test_more_noise_draws_average_the_change():
@@ -102,9 +121,11 @@ def test_sampling_frequencies():
         sample_hyperedges(rho, "none")
 
 
-def test_thresholds_of_sparsity():
-    assert feature_module.SPARSE_BELOW < 0.1
-    assert as_features(torch.eye(10)).shape == (10, 10) and isinstance(as_features(torch.eye(10)), torch.Tensor)
+def test_mostly_zero_features_are_taken_as_sparse():
+    for size, sparse in ((20, False), (21, True)):  # one of 20 is not below 5 %
+        taken = as_features(torch.eye(size))
+        assert isinstance(taken, SparseMatrix) == sparse
+        assert torch.equal(taken.to_dense() if sparse else taken, torch.eye(size))
 
 
 def test_changes_within_a_hyperedge_may_cancel_or_not():
