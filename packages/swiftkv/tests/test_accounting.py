@@ -8,7 +8,7 @@ from isotone.shared.errors import InputError
 from isotone.swiftkv import convert, decode, decode_flops, extend, flops, kv_bytes, make_cache, speedup_bound
 from isotone.swiftkv.accounting import layer_cost
 from isotone.swiftkv.basemodel import random_llama, shape_config
-from isotone.swiftkv.benchmark import counted_flops, peak_bytes, prefill_once
+from isotone.swiftkv.profiling import counted_flops, peak_bytes, prefill_once
 
 SPLITS = [(6, 1), (5, 1), (2, 1), (2, 2), (2, 4), (3, 3)]
 

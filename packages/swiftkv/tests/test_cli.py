@@ -10,8 +10,8 @@ from models import make
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.shared.testing import run_cli
-from isotone.swiftkv import bench, convert, reproduce
-from isotone.swiftkv.benchmark import throughput
+from isotone.swiftkv import bench, benchmark, convert, drop_teacher, kv_bytes, reproduce, speedup_bound
+from isotone.swiftkv.profiling import throughput
 from isotone.swiftkv.cli import app
 
 
@@ -117,6 +117,20 @@ def test_numbers_without_training(folder):
     for model in ("base", "swift"):
         said = run(folder, "benchmark", model, "--lengths", "16,32", "--out", "h")
         assert set(said) == {"n = 16", "n = 32"} and (folder / "h" / "prefill.png").exists()
+
+
+def test_benchmark_is_beside_the_teacher_or_a_base():
+    model, base = convert(make(), 2, 4), make()
+    (inside,) = benchmark(model, [24], kv_dtype="int8")
+    (outside,) = benchmark(model, [24], base=base, chunk=8)
+    assert inside.base_cache_bytes == kv_bytes(base.config, 25, kv_dtype="fp32") == outside.base_cache_bytes
+    assert inside.cache_bytes == kv_bytes(base.config, 25, 2, 4, kv_dtype="int8")
+    assert inside.bound == speedup_bound(base.config, 24, 2, 4) > 1
+    assert inside.ttft > 0 < inside.tpot and model.config.swiftkv
+    with pytest.raises(InputError, match="at least 1 token"):
+        benchmark(model, [])
+    with pytest.raises(InputError, match="teacher"):
+        benchmark(drop_teacher(model), [24])
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,11 @@ def benchmark(
     model: Model,
     lengths: Annotated[str, Opt(help="prompt lengths")] = "256,512,1024",
     num_key_value_layers: Annotated[int | None, Opt(help="l, for a model that is not converted; default L/2")] = None,
+    kv_dtype: Annotated[str, Opt(help="of the swift model's cache: model, fp32, fp16, bf16, fp8, int8 or int4")] = "model",
 ) -> dict:
-    """Prefill time of a model with and without skipping against the prompt's length; a plot in OUT."""
-    from isotone.swiftkv.benchmark import prefill_curve
+    """TTFT, TPOT and cache of a model with and without skipping, against the prompt's length; a plot in OUT."""
     from isotone.swiftkv.convert import convert as make
+    from isotone.swiftkv.profiling import benchmark as measure
 
     try:
         points = tuple(int(part) for part in lengths.split(","))
@@ -194,23 +195,23 @@ def benchmark(
         raise InputError(f"expected --lengths as numbers such as 256,512, got {lengths!r}")
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
-        kept = num_key_value_layers or max(1, swift.config.num_hidden_layers // 2)
-        base, swift = _load(model, run), make(swift, kept, 1)
-    elif swift.config.teacher_weights:
-        # a second copy with the switch off: the two take turns
-        base = _load(model, run).swiftkv(False)
-    else:
-        raise InputError("expected a model with its teacher's weights (export dual), they were dropped")
-    where = device.resolve(run.device)
-    curve = prefill_curve(base, swift, points, device=where)
+        swift = make(swift, num_key_value_layers or max(1, swift.config.num_hidden_layers // 2), 1)
+    found = measure(swift, points, kv_dtype=kv_dtype)
     run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "prefill.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
-    drawing, axes = figure("Prefill time", "prompt, tokens", "seconds")
-    axes.plot(points, [point["base_seconds"] for point in curve], "o-", label="base")
-    axes.plot(points, [point["swift_seconds"] for point in curve], "o-", label="swift")
+    text = json.dumps([dataclasses.asdict(point) for point in found], indent=1)
+    (run.out / "benchmark.json").write_text(text, encoding="utf-8")
+    drawing, axes = figure("Time to the first token", "prompt, tokens", "seconds")
+    axes.plot(points, [point.base_ttft for point in found], "o-", label="base")
+    axes.plot(points, [point.ttft for point in found], "o-", label="swift")
+    axes.set_ylim(0)
     axes.legend(frameon=False)
     drawing.savefig(run.out / "prefill.png", dpi=120)
-    return {f"n = {point['n']}": f"{point['ratio']:.2f} x ({point['swift_seconds']:.4f} s)" for point in curve}
+    return {
+        f"n = {point.n}": f"TTFT {point.ttft:.4f} s, {point.ttft_ratio:.2f} x (bound {point.bound:.2f}); "
+        f"TPOT {1000 * point.tpot:.2f} ms, {point.tpot_ratio:.2f} x; "
+        f"cache {point.cache_bytes:,} bytes of {point.base_cache_bytes:,}"
+        for point in found
+    }
 
 
 @verb(app)
