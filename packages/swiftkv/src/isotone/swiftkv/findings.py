@@ -131,7 +131,7 @@ COPIED = Claim(
 )
 FP8 = Claim(
     "fp8-cache",
-    "50 % SingleInputKV: cross-entropy that skipping costs after distillation, over what an FP8 cache costs more",
+    "50 % SingleInputKV, distilled: cross-entropy lost to skipping, less what keeping its cache in FP8 loses",
     f"{PAPER}: the 62.5 % less KV memory of its first version has an FP8 cache; its quality was not found",
     "nats",
     None,
