@@ -1,6 +1,5 @@
 """Skipping is exact: whatever the batch, the padding, the chunks and the cache, it is the full student's logits."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,7 @@ def test_student_and_engine_equal_the_equations(split):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-EVERY = [(family, split) for family in FAMILIES for split in ((2, 1), (3, 3))]
+EVERY = [(family, (3, 3) if number % 2 else (2, 1)) for number, family in enumerate(FAMILIES)]
 
 
 @pytest.mark.parametrize("family, split", [*EVERY, ("llama", (2, 4)), ("llama", (5, 1)), ("deepseek-v2", (2, 4))])
@@ -151,9 +150,7 @@ def test_rope_is_relative():
 
 
 def test_compiled_decode_is_one_graph_and_equal():
-    found = json.loads(
-        subprocess.run([sys.executable, compiled.__file__], capture_output=True, text=True, check=True).stdout
-    )
+    found = compiled.found()
     assert len(found["decode"]) == len(compiled.CASES) and max(found["decode"].values()) <= 2e-5, found
     assert found["generate"], "compiled generation gives the tokens of the eager one"
 

@@ -123,7 +123,7 @@ def bench(run: Run, size: str = "auto") -> Report:
     ]
     ratios += _decoding(base, swift, sizes, shape, timed, row, hf, where)
     ratios += _memory(base, sizes, layers, ids, swift, where)
-    ratios.append(_step(swift, sizes, shape, timed, row, where))
+    ratios += _step(swift, sizes, shape, timed, row)
     shorter = [n for n in sizes.lengths if n != sizes.n]
     curve = profiling.prefill_curve(base, swift, shorter, rounds=6, device=where)
     # the longest was timed above
@@ -159,7 +159,9 @@ def _decoding(
     ids = profiling.random_ids(base, 1, sizes.context)
     token = ids[:, 0]
     mode = "cudagraph" if where == "cuda" else "eager"
-    steps = {name: profiling.decode_step(model, ids, mode=mode)[0] for name, model in (("swift", swift), ("base", base))}
+    steps = {
+        name: profiling.decode_step(model, ids, mode=mode)[0] for name, model in (("swift", swift), ("base", base))
+    }
     with torch.no_grad():
         past = base(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
 
@@ -226,18 +228,35 @@ def _memory(base: Any, sizes: Size, layers: int, ids: torch.Tensor, swift: Any, 
     return rows
 
 
-def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any, where: str) -> Ratio:
-    """One distillation step, forward and backward, against the lower half run twice (two full forwards)."""
+def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any) -> list[Ratio]:
+    """One distillation step, forward and backward, against the lower half run twice (two full forwards), in time and in
+    counted FLOPs: both have the same backward pass, so that more than the FLOPs' ratio is not to be had by sharing."""
     batch = Batch(profiling.random_ids(swift, *sizes.windows))
     parameters = [p for p in swift.parameters() if p.requires_grad]
 
     def step(share: bool) -> None:
-        loss = step_loss(swift, batch, DistillConfig(share_lower=share))
-        torch.autograd.grad(loss, parameters)
+        with torch.enable_grad():
+            loss = step_loss(swift, batch, DistillConfig(share_lower=share))
+            torch.autograd.grad(loss, parameters)
 
     timing = timed(lambda: step(True), lambda: step(False))
     work = f"distillation step, {shape}, {sizes.windows[0]} x {sizes.windows[1]} tokens"
-    return row("distil-step", work, "lower half shared", "two full forwards", "this", timing, sizes.step_target)
+    ours, theirs = (profiling.counted_flops(lambda share=share: step(share)) for share in (True, False))
+    counted = Ratio(
+        "distil-flops",
+        f"{work}: counted FLOPs",
+        "lower half shared",
+        "two full forwards",
+        "this",
+        ours / 1e9,
+        theirs / 1e9,
+        "GFLOP",
+        None,
+    )
+    return [
+        row("distil-step", work, "lower half shared", "two full forwards", "this", timing, sizes.step_target),
+        counted,
+    ]
 
 
 def _plot(curve: list[dict[str, float | int]], shape: str) -> Any:

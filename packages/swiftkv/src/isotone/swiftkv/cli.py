@@ -143,6 +143,7 @@ def generate(
 ) -> dict:
     """Go on with a prompt, whose tokens stop after layer l."""
     from isotone.shared.seeding import seed_everything
+    from isotone.swiftkv.tokens import encode
 
     if (prompt is None) == (prompt_file is None):
         raise InputError("expected one of --prompt and --prompt-file")
@@ -152,7 +153,7 @@ def generate(
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
-    ids = _encode(said, model, swift.config.vocab_size)
+    ids = encode(said, model, swift.config.vocab_size)
     if not len(ids):
         raise InputError("expected at least one token in the prompt, got none")
     seed_everything((run.seeds or (0,))[0])
@@ -181,7 +182,9 @@ def benchmark(
     model: Model,
     lengths: Annotated[str, Opt(help="prompt lengths")] = "256,512,1024",
     num_key_value_layers: Annotated[int | None, Opt(help="l, for a model that is not converted; default L/2")] = None,
-    kv_dtype: Annotated[str, Opt(help="of the swift model's cache: model, fp32, fp16, bf16, fp8, int8 or int4")] = "model",
+    kv_dtype: Annotated[
+        str, Opt(help="of the swift model's cache: model, fp32, fp16, bf16, fp8, int8 or int4")
+    ] = "model",
 ) -> dict:
     """TTFT, TPOT and cache of a model with and without skipping, against the prompt's length; a plot in OUT."""
     from isotone.swiftkv.convert import convert as make
@@ -307,11 +310,12 @@ def reproduce(
     run: Run,
     scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke",
     text: Annotated[Path | None, Opt(help="a text file; default: tiny Shakespeare, or Python's library source")] = None,
+    model: Annotated[Path | None, Opt(help="a model folder to convert; default: a Llama is trained")] = None,
 ) -> Report:
-    """Measure the paper's claims again, on a Llama trained here."""
+    """Measure the paper's claims again, on a Llama trained here or a given model."""
     from isotone.swiftkv.reproduce import reproduce as measure
 
-    return measure(scale, run, text)
+    return measure(scale, run, text, model)
 
 
 @verb(app)
@@ -364,37 +368,19 @@ def _ends(scores: list[dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
     return [("before", scores[0]), ("after", scores[-1])] if scores else []
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None where it has none: then a token is a byte."""
-    if not any(folder.glob("tokenizer*")):
-        return None
-    from transformers import AutoTokenizer
-
-    from isotone.swiftkv.modeling import reading
-
-    with reading(folder):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def _encode(text: str, folder: Path, vocab: int) -> torch.Tensor:
-    tokenizer = _tokenizer(folder)
-    if tokenizer is not None:
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
-    raw = list(text.encode())
-    if raw and max(raw) >= vocab:
-        raise InputError(f"expected a tokenizer in {str(folder)!r}: its model has {vocab} tokens, too few for bytes")
-    return torch.tensor(raw, dtype=torch.long)
-
-
 def _decode(ids: torch.Tensor, folder: Path) -> str:
-    tokenizer = _tokenizer(folder)
+    from isotone.swiftkv.tokens import tokenizer_of
+
+    tokenizer = tokenizer_of(folder)
     if tokenizer is not None:
         return str(tokenizer.decode(ids))
     return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
 
 
 def _tokens(text: Path, folder: Path, model: Any) -> torch.Tensor:
-    return _encode(_read(text), folder, model.config.vocab_size)
+    from isotone.swiftkv.tokens import encode
+
+    return encode(_read(text), folder, model.config.vocab_size)
 
 
 def _read(text: Path) -> str:
@@ -433,6 +419,8 @@ def _batches(
 
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
+    from isotone.swiftkv.tokens import encode
+
     examples = []
     for number, line in enumerate(_read(text).splitlines(), 1):
         if not line.strip():
@@ -442,8 +430,8 @@ def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], lis
             asked, answered = str(item["prompt"]), str(item["completion"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"expected prompt and completion on line {number} of {str(text)!r}") from None
-        words = _encode(asked, folder, model.config.vocab_size).tolist()
-        reply = _encode(answered, folder, model.config.vocab_size).tolist()
+        words = encode(asked, folder, model.config.vocab_size).tolist()
+        reply = encode(answered, folder, model.config.vocab_size).tolist()
         examples.append((words + reply, [-100] * len(words) + reply))
     return examples
 

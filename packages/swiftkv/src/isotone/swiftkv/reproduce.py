@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig
 
 from isotone.shared import data, device, progress
 from isotone.shared.claims import ArmLog, Report
@@ -35,6 +37,8 @@ from isotone.swiftkv.data import RECALL_VOCAB, Batch, Bytes, Windows, recall_tas
 from isotone.swiftkv.distill import DistillConfig, distill
 from isotone.swiftkv.engine import make_cache
 from isotone.swiftkv.evaluate import cached_logits, fidelity, recall_accuracy, student_logits, teacher_logits
+from isotone.swiftkv.modeling import load
+from isotone.swiftkv.tokens import encode
 
 SHAKESPEARE = "text/tinyshakespeare.txt"
 
@@ -48,6 +52,8 @@ class Scale:
 
     seeds: tuple[int, ...]
     shape: str = "tiny"
+    recall_shape: str = "tiny"
+    model: str = ""  # a folder: its model instead of one that is trained here
     context: int = 64
     batch: int = 16
     base_steps: int = 500
@@ -102,6 +108,7 @@ SCALES = {
     "gpu": Scale(
         (0,),
         shape="llama-100m",
+        recall_shape="llama-100m",
         context=1024,
         batch=32,
         base_steps=2000,
@@ -124,7 +131,6 @@ SCALES = {
     ),
     "paper": Scale(
         (0,),
-        shape="llama-3.1-8b",
         context=8192,
         batch=8,
         steps=20_000,
@@ -144,10 +150,13 @@ SCALES = {
 }
 
 
-def reproduce(scale: str, run: Run, path: Path | None = None, setting: Scale | None = None) -> Report:
+def reproduce(
+    scale: str, run: Run, path: Path | None = None, model: Path | None = None, setting: Scale | None = None
+) -> Report:
     """Measure every claim at `scale`; arms that are finished in `run.out` are not run again.
 
-    `path`: text to train on (default: tiny Shakespeare where it is, else the interpreter's library source).
+    `path`: text to train on (default: tiny Shakespeare where it is, else the interpreter's library source). `model`: a
+    folder, whose model is converted and distilled on the text (default: a Llama is trained on it).
     """
     if scale not in SCALES:
         raise InputError(f"expected --scale to be one of {', '.join(SCALES)}, got {scale!r}")
@@ -156,10 +165,16 @@ def reproduce(scale: str, run: Run, path: Path | None = None, setting: Scale | N
     large = shape_config(setting.speed_shape).hidden_size > 1024
     if large and where != "cuda":
         raise InputError(f"expected a GPU for --scale {scale}, found none; --scale cpu runs here")
-    if scale == "paper" and path is None:
-        raise InputError("expected --text FILE with the training text for --scale paper, got none")
+    if scale == "paper" and (path is None or model is None):
+        raise InputError("expected --model FOLDER and --text FILE for --scale paper, got not both")
     start = time.perf_counter()
     corpus, source = _corpus(setting, path)
+    sources = [source]
+    if model is not None:
+        if not (model / "config.json").is_file():
+            raise InputError(f"expected a Hugging Face model folder with a config.json at {str(model)!r}, found none")
+        setting = replace(setting, model=str(model))
+        sources.append(data.provenance(f"config of {model.name}", (model / "config.json").read_bytes()))
     seeds = run.seeds or setting.seeds
     # seeds and workers are how arms are dealt out, no part of what one is
     identity = {k: v for k, v in asdict(setting).items() if k not in ("seeds", "workers")}
@@ -192,7 +207,7 @@ def reproduce(scale: str, run: Run, path: Path | None = None, setting: Scale | N
         seeds,
         "torch",
         measurements=findings.measure(texts, recalls, engine_side, setting.arms, told),
-        data=[source],
+        data=sources,
         seconds=time.perf_counter() - start,
         figures=findings.figures(texts, recalls, engine_side, setting.arms),
     )
@@ -236,6 +251,9 @@ def _with(arm: Any, base: Any) -> dict[str, Any]:
 
 
 def _text_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
+    if setting.model:
+        loaded: Any = load(setting.model, dtype=getattr(torch, setting.speed_dtype)).to(where)
+        return loaded
     vocabulary = Bytes(corpus)
     train = vocabulary.encode(corpus)[: len(corpus) * 9 // 10]
     model = random_llama(setting.shape, seed=seed, device=where, vocab_size=len(vocabulary))
@@ -244,9 +262,19 @@ def _text_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
     return model
 
 
+def _ids(setting: Scale, corpus: bytes) -> Tensor:
+    if not setting.model:
+        return Bytes(corpus).encode(corpus)
+    folder = Path(setting.model)
+    ids = encode(corpus.decode(errors="replace"), folder, AutoConfig.from_pretrained(folder).vocab_size)
+    if len(ids) < 20 * setting.context:
+        raise InputError(f"expected a text of at least {20 * setting.context} tokens, got {len(ids)}")
+    return ids
+
+
 def _recall_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
     # narrow weights at first hold induction up: 0.08 instead of 0.02
-    model = random_llama(setting.shape, seed=seed, device=where, vocab_size=RECALL_VOCAB, initializer_range=0.08)
+    model = random_llama(setting.recall_shape, seed=seed, device=where, vocab_size=RECALL_VOCAB, initializer_range=0.08)
     train_recall(model, batch=setting.batch, copying=setting.copying, recalling=setting.recalling, seed=seed)
     return model
 
@@ -260,8 +288,7 @@ def _settings(setting: Scale, steps: int, **options: Any) -> DistillConfig:
 
 
 def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str, Any]:
-    vocabulary = Bytes(corpus)
-    ids = vocabulary.encode(corpus)
+    ids = _ids(setting, corpus)
     cut = len(ids) * 9 // 10
     held_out = Windows(ids[cut:], setting.context, setting.batch, 7)
     batches = [held_out(step).input_ids.to(where) for step in range(setting.validation)]
