@@ -10,6 +10,7 @@ from typing import Any
 from isotone.shared.claims import Claim, Measurement, figure
 
 PAPER = "arXiv 2410.03960"
+CACHES = ("fp32", "bf16", "fp8", "int8", "int4")
 Arms = Sequence[tuple[int, int]]  # (l in eighths of the layers, g)
 
 GAP = Claim(
@@ -258,7 +259,7 @@ def _reported(texts: list[dict[str, Any]], recalls: list[dict[str, Any]], arms: 
                     said = f"Key-value recall at {pairs} pairs: {_title(name)}{then}"
                     row(f"recall-{pairs}-{name}-{when}", said, "%", "generated sequences", values)
     for name in [name for name in swift if "kept in" in texts[0][name]]:
-        for kind in texts[0][name]["kept in"]:
+        for kind in CACHES:
             said = f"{_title(name)}, distilled, cache in {kind}"
             values = [seed[name]["kept in"][kind]["kl"] for seed in texts]
             row(f"kl-{name}-{kind}", f"KL to the base: {said}", "nats", "text, held out", values)
@@ -318,11 +319,10 @@ def figures(
     axes.set_ylim(min(base, *(min(v) for v in values)) - 0.05)
     axes.legend(frameon=False)
     kept = [name for name in names if "kept in" in texts[0][name]]
-    kinds = list(texts[0][kept[0]]["kept in"])
     cached, axes = figure("Caches of fewer bits, distilled models", "cache", "KL to the base, nats a token")
     for name, shift in zip(kept, (-0.2, 0.2), strict=True):
-        bars(axes, [[seed[name]["kept in"][kind]["kl"] for seed in texts] for kind in kinds], _title(name), shift)
-    axes.set_xticks(range(len(kinds)), kinds)
+        bars(axes, [[seed[name]["kept in"][kind]["kl"] for seed in texts] for kind in CACHES], _title(name), shift)
+    axes.set_xticks(range(len(CACHES)), CACHES)
     low, high = axes.get_ylim()
     axes.set_ylim(low, 1.25 * high)
     axes.legend(frameon=False, ncols=2, loc="upper center")

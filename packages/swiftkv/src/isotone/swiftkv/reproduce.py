@@ -43,7 +43,6 @@ from isotone.swiftkv.tokens import encode
 SHAKESPEARE = "text/tinyshakespeare.txt"
 
 ARMS = ((6, 1), (4, 1), (2, 1), (4, 2), (4, 4))
-KEPT_IN = ("fp32", "bf16", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,9 @@ def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str
             after = fidelity(student_logits(model), theirs, batches)
             made = {"before": before, "after": after, "losses": history.losses, "seconds": history.seconds}
             if windows is whole and eighths == 4 and group in (1, 4):
-                made["kept in"] = {kind: fidelity(cached_logits(model, kind), theirs, batches) for kind in KEPT_IN}
+                made["kept in"] = {
+                    kind: fidelity(cached_logits(model, kind), theirs, batches) for kind in findings.CACHES
+                }
             return made
 
         return arm
@@ -351,7 +352,7 @@ def _recall_arms(setting: Scale, seed: int, where: str) -> dict[str, Any]:
             distill(model, batches, _settings(setting, setting.recall_steps))
             made: dict[str, Any] = {"before": before, "after": accuracies(student_logits(model))}
             if eighths == 4 and group in (1, 4):
-                made["kept in"] = {kind: accuracies(cached_logits(model, kind)) for kind in KEPT_IN}
+                made["kept in"] = {kind: accuracies(cached_logits(model, kind)) for kind in findings.CACHES}
             return made
 
         return arm
