@@ -156,8 +156,9 @@ def test_compiled_decode_is_one_graph_and_equal():
 
 
 @pytest.mark.slow
-def test_inductor_decode_is_equal():
-    code = "import compiled; print(compiled.difference('llama', 'model', 'inductor'))"
+@pytest.mark.parametrize("family, backend", [("llama", "inductor"), ("deepseek-v2", "eager")])
+def test_compiled_decode_of_more_kinds(family, backend):
+    code = f"import compiled; print(compiled.difference({family!r}, 'model', {backend!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(compiled.__file__).parent
     )

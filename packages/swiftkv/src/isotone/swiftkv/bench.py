@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -241,7 +242,7 @@ def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any) -> list[Rat
 
     timing = timed(lambda: step(True), lambda: step(False))
     work = f"distillation step, {shape}, {sizes.windows[0]} x {sizes.windows[1]} tokens"
-    ours, theirs = (profiling.counted_flops(lambda share=share: step(share)) for share in (True, False))
+    ours, theirs = (profiling.counted_flops(partial(step, share)) for share in (True, False))
     counted = Ratio(
         "distil-flops",
         f"{work}: counted FLOPs",
