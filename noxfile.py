@@ -127,12 +127,13 @@ def tests(session: nox.Session, name: str) -> None:
     """One package's tests and its contract, in its environment."""
     _sync(session, name, "--group", "test")
     targets = [f"{_folder(name)}/tests"]
-    coverage = []
-    if name != "shared":
+    more = []
+    if name != "shared":  # shared's own tests time things, and are few
         targets.append("shared/src/isotone/shared/testing/contract.py")
-        coverage = [f"--cov={_module(name)}", "--cov-report=term", f"--cov-fail-under={COVERAGE}"]
+        more = [f"--cov={_module(name)}", "--cov-report=term", f"--cov-fail-under={COVERAGE}"]
+        more += ["--numprocesses=2", "--dist=worksteal"]
     start = time.monotonic()
-    _pytest(session, name, *targets, "-m", FAST, *coverage)
+    _pytest(session, name, *targets, "-m", FAST, *more)
     seconds = time.monotonic() - start
     session.log(f"tests({name}): {seconds:.0f} s (aim 100, limit {FAIL_SECONDS})")
     if seconds > FAIL_SECONDS:
