@@ -76,7 +76,7 @@ def distill(
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
     seed = (run.seeds or (0,))[0]
-    training, held_out = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
+    training, held_out, data_id = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
     with progress.bar("distil", steps, run.silent) as bar:
         history = train_model(
             swift,
@@ -85,6 +85,7 @@ def distill(
             folder=run.out / "checkpoints",
             checkpoint_every=checkpoint_every,
             resume=run.resume,
+            data_id=data_id,
             evaluate=_scores(held_out) if train == "qkv" else None,
             on_step=lambda step, value: bar.advance(1, loss=round(value, 4)),
         )
@@ -392,9 +393,9 @@ def _read(text: Path) -> str:
 
 def _batches(
     text: Path, folder: Path, model: Any, batch: int, context: int, seed: int, fuse: float
-) -> tuple[Any, list[torch.Tensor]]:
-    """Training batches as a function of the step, and held-out ids to score on (the last tenth of the text)."""
-    from isotone.swiftkv.data import Batch, Windows, pack
+) -> tuple[Any, list[Any], str]:
+    """Training batches as a function of the step, held-out ones to score on (of the last tenth), and the data's id."""
+    from isotone.swiftkv.data import Batch, Windows, fingerprint, pack
 
     if text.suffix == ".jsonl":
         rows = pack(_examples(text, folder, model), context, fuse, seed)
@@ -407,7 +408,8 @@ def _batches(
             parts = zip(*((row.input_ids, row.labels, row.position_ids) for row in chosen), strict=True)
             return Batch(*(torch.cat(part) for part in parts))  # type: ignore[arg-type]
 
-        return packed, [row.input_ids.to(model.device) for row in held[:8]]
+        parts = (part for row in rows for part in (row.input_ids, row.labels, row.position_ids))
+        return packed, [row.input_ids.to(model.device) for row in held[:8]], fingerprint(batch, context, seed, *parts)
     ids = _tokens(text, folder, model)
     cut = len(ids) * 9 // 10
     if len(ids) - cut < context:
@@ -415,7 +417,8 @@ def _batches(
             f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}"
         )
     held_out = Windows(ids[cut:], context, batch, 7)
-    return Windows(ids[:cut], context, batch, seed), [held_out(step).input_ids.to(model.device) for step in range(4)]
+    training = Windows(ids[:cut], context, batch, seed)
+    return training, [held_out(step).input_ids.to(model.device) for step in range(4)], training.data_id
 
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
