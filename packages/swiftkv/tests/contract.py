@@ -1,5 +1,8 @@
 """What the contract runs: the JOB that succeeds, and the BAD inputs with the words that their sentence holds."""
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 _CONVERT = ["convert", "model", "--num-key-value-layers"]
@@ -32,7 +35,20 @@ BAD = [
 
 
 def files(folder: Path) -> None:
-    """The input files that JOB and BAD use."""
+    """The input files that JOB and BAD use: made once, copied for every command."""
+    shutil.copytree(made().name, folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def made() -> tempfile.TemporaryDirectory[str]:
+    """The files, in a folder that goes with the process."""
+    temporary = tempfile.TemporaryDirectory()
+    make(Path(temporary.name))
+    return temporary
+
+
+def make(folder: Path) -> None:
+    """Models, whole and spoiled, and texts."""
     import json
 
     import torch

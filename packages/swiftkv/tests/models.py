@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from typing import Any
 
 import torch
@@ -75,9 +78,14 @@ FAMILIES: dict[str, Any] = {
 
 
 def make(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A model of `family` in eval mode; biases and norms are random too."""
+    """A model of `family` in eval mode; biases and norms are random too. A copy: it may be changed."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](**changes).eval()
+    return copy.deepcopy(_made(family, seed, json.dumps(changes)))
+
+
+@functools.cache
+def _made(family: str, seed: int, changes: str) -> Any:
+    model = FAMILIES[family](**json.loads(changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

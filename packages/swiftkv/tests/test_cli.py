@@ -4,15 +4,14 @@ import dataclasses
 import json
 
 import pytest
-import torch
 from models import make
 
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.shared.testing import run_cli
-from isotone.swiftkv import bench, convert, reproduce
-from isotone.swiftkv.benchmark import throughput
+from isotone.swiftkv import bench, benchmark, convert, drop_teacher, kv_bytes, reproduce, speedup_bound
 from isotone.swiftkv.cli import app
+from isotone.swiftkv.profiling import throughput
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +19,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
     make(vocab_size=256, initializer_range=0.1).save_pretrained(path / "base")
     convert(make(vocab_size=256, initializer_range=0.1), 3, 1).save_pretrained(path / "swift")
+    (path / "p.txt").write_text("It was the best")
     (path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
     lines = [{"prompt": f"What is {i} and {i}? ", "completion": f"It is {2 * i}."} for i in range(40)]
     (path / "talk.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -42,7 +42,7 @@ def test_from_a_base_to_text(folder):
         "--text",
         "text.txt",
         "--steps",
-        "30",
+        "15",
         "--lr",
         "3e-3",
         "--context",
@@ -73,7 +73,19 @@ def test_from_a_base_to_text(folder):
     )
     assert drafted["text"] == greedy["text"]
     sampled = [
-        run(folder, "generate", "b/model", "--prompt-file", "text.txt", "--temperature", "1", "--seeds", seed)["text"]
+        run(
+            folder,
+            "generate",
+            "b/model",
+            "--prompt-file",
+            "p.txt",
+            "--temperature",
+            "1",
+            "--max-new-tokens",
+            "12",
+            "--seeds",
+            seed,
+        )["text"]
         for seed in ("1", "1", "2")
     ]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -115,8 +127,22 @@ def test_numbers_without_training(folder):
         == 6
     )
     for model in ("base", "swift"):
-        said = run(folder, "benchmark", model, "--lengths", "16,32", "--out", "h")
-        assert set(said) == {"n = 16", "n = 32"} and (folder / "h" / "prefill.png").exists()
+        said = run(folder, "benchmark", model, "--lengths", "32", "--out", "h")
+        assert set(said) == {"n = 32"} and (folder / "h" / "prefill.png").exists()
+
+
+def test_benchmark_is_beside_the_teacher_or_a_base():
+    model, base = convert(make(), 2, 4), make()
+    (inside,) = benchmark(model, [24], kv_dtype="int8")
+    (outside,) = benchmark(model, [24], base=base, chunk=8)
+    assert inside.base_cache_bytes == kv_bytes(base.config, 25, kv_dtype="fp32") == outside.base_cache_bytes
+    assert inside.cache_bytes == kv_bytes(base.config, 25, 2, 4, kv_dtype="int8")
+    assert inside.bound == speedup_bound(base.config, 24, 2, 4) > 1
+    assert inside.ttft > 0 < inside.tpot and model.config.swiftkv
+    with pytest.raises(InputError, match="at least 1 token"):
+        benchmark(model, [])
+    with pytest.raises(InputError, match="teacher"):
+        benchmark(drop_teacher(model), [24])
 
 
 @pytest.mark.parametrize(
@@ -170,9 +196,23 @@ def test_the_gpu_scale_at_a_tiny_size(tmp_path):
         reproduce.SCALES["gpu"], **tiny, shape="tiny", compute_dtype="bf16", prompt=24, output=8, memory=2_000_000
     )
     setting = dataclasses.replace(setting, speed_dtype="float32")
-    report = reproduce.reproduce("gpu", Run(out=tmp_path, device="cpu", quiet=True), None, setting)
+    run = Run(out=tmp_path, device="cpu", quiet=True)
+    report = reproduce.reproduce("gpu", run, setting=setting)
     found = {item.claim.id: item for item in report.measurements}
     assert found["throughput"].measured > 0 and found["kv-bytes"].measured == 62.5
-    again = reproduce.reproduce("gpu", Run(out=tmp_path, device="cpu", quiet=True), None, setting)
+    again = reproduce.reproduce("gpu", run, setting=setting)
     assert again.seconds < report.seconds / 3, "finished arms are not run again"
-    torch.manual_seed(0)
+
+
+@pytest.mark.slow
+def test_the_paper_scale_at_a_tiny_size(tmp_path, folder):
+    """A given model instead of one that is trained here."""
+    tiny = {k: v for k, v in reproduce._SMOKE.items() if k not in ("base_steps", "text")}
+    tiny |= dict(shape="tiny", speed_shape="tiny", speed_dtype="float32", prompt=24, output=8, memory=2_000_000)
+    setting = dataclasses.replace(reproduce.SCALES["paper"], **tiny, compute_dtype="model")
+    run = Run(out=tmp_path, device="cpu", quiet=True)
+    make(vocab_size=256, num_hidden_layers=8, initializer_range=0.1).save_pretrained(tmp_path / "model")
+    report = reproduce.reproduce("paper", run, folder / "text.txt", tmp_path / "model", setting)
+    assert [source["name"] for source in report.data] == ["text.txt", "config of model"]
+    with pytest.raises(InputError, match="--model"):
+        reproduce.reproduce("paper", run, folder / "text.txt", None, setting)

@@ -1,6 +1,7 @@
 """Losses against loops, gradients where they belong, and a killed run that ends as the uninterrupted one."""
 
 import copy
+import json
 import sys
 
 import pytest
@@ -181,6 +182,36 @@ def test_a_resumed_run_is_bit_identical(train, tmp_path):
         assert torch.equal(ours, theirs)
     with pytest.raises(InputError, match="its own settings"):
         distill(convert(make(), 2, 1), lambda step: batch(), steps=8, folder=tmp_path / "killed")
+
+
+@pytest.mark.parametrize("change", ["text", "seed", "context", "batch", "model", "wider", "function"])
+def test_another_run_s_checkpoint_is_refused(change, tmp_path):
+    def run(text=1, seed=0, context=12, batch=2, **model):
+        data = Windows(ids(1, 300, text)[0], context, batch, seed)
+        distill(convert(make(**model), 2, 2), data, steps=2, folder=tmp_path, checkpoint_every=1)
+
+    run()
+    run()  # of the same data and model it goes on
+    other = {"text": {"text": 2}, "seed": {"seed": 1}, "context": {"context": 13}, "batch": {"batch": 3}}
+    other |= {"model": {"initializer_range": 0.1}, "wider": {"hidden_size": 64}}
+    with pytest.raises(InputError, match="its own settings") as raised:
+        if change == "function":
+            distill(convert(make(), 2, 2), lambda step: batch(), steps=2, folder=tmp_path)
+        else:
+            run(**other[change])
+    assert ("base" if change in ("model", "wider") else "data") in str(raised.value)
+
+
+def test_a_command_on_another_text_is_refused(tmp_path):
+    convert(make(vocab_size=256), 2, 2).save_pretrained(tmp_path / "swift")
+    lines = [json.dumps({"prompt": f"{i} and {i}? ", "completion": f"{2 * i}."}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[1:]))
+    arguments = ["--quiet", "--steps", "1", "--context", "16", "--batch", "2", "--checkpoint-every", "1", "--out", "o"]
+    assert run_cli(app, ["distill", "swift", "--text", "a.jsonl", *arguments], tmp_path).code == 0
+    for more in (["--text", "b.jsonl"], ["--text", "a.jsonl", "--seeds", "1"]):
+        result = run_cli(app, ["distill", "swift", *more, *arguments], tmp_path)
+        assert result.code == 2 and "data" in result.stderr, result.stderr
 
 
 def test_a_killed_command_resumes_to_the_same_weights(tmp_path):

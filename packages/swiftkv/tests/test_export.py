@@ -19,9 +19,9 @@ def logits(model):
         return model(input_ids=ids(2, 9)).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("export", ["swift", "dual"])
-def test_round_trip_is_bitwise(family, export, tmp_path):
+@pytest.mark.parametrize("number, family", enumerate(FAMILIES))
+def test_round_trip_is_bitwise(number, family, tmp_path):
+    export = ("swift", "dual")[number % 2]  # each family of several variants has both
     model = shaken(convert(make(family), 2, 2))
     model.swiftkv(False).save_pretrained(tmp_path, export=export)
     assert model.config.swiftkv is False and model.config.teacher_weights, "saving changes nothing in memory"

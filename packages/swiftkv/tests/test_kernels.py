@@ -1,10 +1,6 @@
 """The fused write, in Triton's interpreter, against loops and against the plain path."""
 
-import json
-import os
-import subprocess
-import sys
-
+import compiled
 import pytest
 import reference
 import torch
@@ -30,17 +26,13 @@ def test_plain_path_equals_the_loops():
 
 @pytest.mark.skipif(not kernels.HAVE_TRITON, reason="no triton on this platform")
 def test_triton_writes_what_the_plain_path_writes():
-    """One process of its own: the interpreter is chosen before triton's functions are made."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, workers.__file__], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = compiled.found()["kernel"]
     assert set(found) == {"model", "fp32", "bf16", "fp16", "fp8", "int8"}
     assert found["fp32"] < 1e-6 and found["model"] < 1e-6
     # the last bit of the stored type, where fp32 sums round apart
-    assert found["bf16"] < 2**-6 and found["fp16"] < 2**-9 and found["fp8"] < 0.02 and found["int8"] < 0.03
+    assert found["bf16"] < 2**-6 and found["fp16"] < 2**-9 and found["int8"] < 0.03
+    # the interpreter's cast is not a GPU's: what differs is where it is known to round otherwise, and only there
+    assert found["fp8"]["unexplained"] == 0 < found["fp8"]["different"]
 
 
 @pytest.mark.gpu

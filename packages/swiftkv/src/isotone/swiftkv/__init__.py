@@ -13,14 +13,16 @@ from isotone.swiftkv.convert import convert, drop_teacher, freeze
 from isotone.swiftkv.data import Batch, Windows, pack, recall_task
 from isotone.swiftkv.distill import DistillConfig, History, distill
 from isotone.swiftkv.engine import decode, extend, make_cache, prefill
-from isotone.swiftkv.evaluate import fidelity, recall_accuracy, student_logits, teacher_logits
+from isotone.swiftkv.evaluate import cached_logits, fidelity, recall_accuracy, student_logits, teacher_logits
 from isotone.swiftkv.export import export_arctic
 from isotone.swiftkv.losses import distillation_kl, tiled_kl
 from isotone.swiftkv.modeling import SwiftKVForCausalLM, load
+from isotone.swiftkv.profiling import BenchmarkPoint, benchmark
 
 __version__ = "0.1.0"
 __all__ = [
     "Batch",
+    "BenchmarkPoint",
     "DistillConfig",
     "History",
     "Suggestion",
@@ -28,6 +30,8 @@ __all__ = [
     "SwiftKVConfig",
     "SwiftKVForCausalLM",
     "Windows",
+    "benchmark",
+    "cached_logits",
     "convert",
     "decode",
     "decode_flops",

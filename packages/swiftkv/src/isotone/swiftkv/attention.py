@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotone.swiftkv.cache import SwiftKVCache
-from isotone.swiftkv.families import absorb_query, expand_latent, release_output
-
-# MLA: with few queries a row the latents are attended to directly, with many they are expanded to keys and values first
-FEW_QUERIES = 16
+from isotone.swiftkv.families import FEW_QUERIES, absorb_query, expand_latent, release_output
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from isotone.shared.bench import Timing, compare
 from isotone.shared.claims import Ratio, Report, figure
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
-from isotone.swiftkv import benchmark, engine
+from isotone.swiftkv import engine, profiling
 from isotone.swiftkv.accounting import speedup_bound
 from isotone.swiftkv.basemodel import random_llama
 from isotone.swiftkv.convert import convert
 from isotone.swiftkv.data import Batch
-from isotone.swiftkv.decoders import Decoder
 from isotone.swiftkv.distill import DistillConfig, step_loss
 
 
@@ -85,7 +85,7 @@ def bench(run: Run, size: str = "auto") -> Report:
     # its own modules, so that the base stays as transformers has it
     swift = convert(random_llama(sizes.shape, sizes.dtype, where), layers // 2, 1)
     shape = f"{sizes.shape}, l = {layers // 2} of {layers}"
-    ids = benchmark.random_ids(base, 1, sizes.n)
+    ids = profiling.random_ids(base, 1, sizes.n)
     _agree(base, swift, ids[:, : min(sizes.n, 512)], sizes.tolerance)
 
     def peer() -> Any:
@@ -103,8 +103,8 @@ def bench(run: Run, size: str = "auto") -> Report:
 
     hf = transformers.__version__
     work = f"prefill, {shape}, n = {sizes.n}"
-    against_hf = timed(lambda: benchmark.prefill_once(swift, ids), peer)
-    against_own = timed(lambda: benchmark.prefill_once(swift, ids), lambda: benchmark.prefill_once(base, ids))
+    against_hf = timed(lambda: profiling.prefill_once(swift, ids), peer)
+    against_own = timed(lambda: profiling.prefill_once(swift, ids), lambda: profiling.prefill_once(base, ids))
     bound = speedup_bound(base.config, sizes.n, layers // 2)
     ratios = [
         row("prefill-hf", work, "swift", "transformers, sdpa, one row of logits", hf, against_hf, sizes.prefill_target),
@@ -124,9 +124,9 @@ def bench(run: Run, size: str = "auto") -> Report:
     ]
     ratios += _decoding(base, swift, sizes, shape, timed, row, hf, where)
     ratios += _memory(base, sizes, layers, ids, swift, where)
-    ratios.append(_step(swift, sizes, shape, timed, row, where))
+    ratios += _step(swift, sizes, shape, timed, row)
     shorter = [n for n in sizes.lengths if n != sizes.n]
-    curve = benchmark.prefill_curve(base, swift, shorter, rounds=6, device=where)
+    curve = profiling.prefill_curve(base, swift, shorter, rounds=6, device=where)
     # the longest was timed above
     curve.append({"n": sizes.n, "ratio": against_own.ratio, "low": against_own.low, "high": against_own.high})
     curve.sort(key=lambda point: point["n"])
@@ -147,7 +147,7 @@ def _agree(base: Any, swift: Any, ids: torch.Tensor, tolerance: float) -> None:
     with torch.no_grad():
         for model in (base, swift):
             whole = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
-            ours = benchmark.prefill_once(model, ids)
+            ours = profiling.prefill_once(model, ids)
             off = float((whole - ours).abs().max())
             if not off <= tolerance * max(1.0, float(whole.abs().max())):
                 raise RuntimeError(f"expected the same logits before timing, got {off} apart")
@@ -157,20 +157,12 @@ def _decoding(
     base: Any, swift: Any, sizes: Size, shape: str, timed: Any, row: Any, version: str, where: str
 ) -> list[Ratio]:
     """Time per output token at a context, batch 1, and beside transformers' own decoding."""
-    ids = benchmark.random_ids(base, 1, sizes.context)
+    ids = profiling.random_ids(base, 1, sizes.context)
     token = ids[:, 0]
     mode = "cudagraph" if where == "cuda" else "eager"
-    steps = {}
-    for name, model in (("swift", swift), ("base", base)):
-        cache = engine.make_cache(model, 1, sizes.context + 1)
-        engine.extend(model, list(ids), cache)
-        decoder = Decoder(model, cache, mode)
-
-        def step(decoder: Decoder = decoder, cache: Any = cache) -> torch.Tensor:
-            cache.crop(0, sizes.context)  # the same step again: same context, same work
-            return decoder(token)
-
-        steps[name] = step
+    steps = {
+        name: profiling.decode_step(model, ids, mode=mode)[0] for name, model in (("swift", swift), ("base", base))
+    }
     with torch.no_grad():
         past = base(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
 
@@ -217,9 +209,9 @@ def _memory(base: Any, sizes: Size, layers: int, ids: torch.Tensor, swift: Any, 
                 target,
             )
         )
-    ours = benchmark.peak_bytes(lambda: benchmark.prefill_once(swift, ids), where)
-    theirs = benchmark.peak_bytes(lambda: benchmark.prefill_once(base, ids), where)
-    chunked = benchmark.peak_bytes(lambda: benchmark.prefill_once(swift, ids, chunk=max(16, sizes.n // 4)), where)
+    ours = profiling.peak_bytes(lambda: profiling.prefill_once(swift, ids), where)
+    theirs = profiling.peak_bytes(lambda: profiling.prefill_once(base, ids), where)
+    chunked = profiling.peak_bytes(lambda: profiling.prefill_once(swift, ids, chunk=max(16, sizes.n // 4)), where)
     for name, value in (("whole", ours), (f"chunks of {max(16, sizes.n // 4)}", chunked)):
         rows.append(
             Ratio(
@@ -237,18 +229,35 @@ def _memory(base: Any, sizes: Size, layers: int, ids: torch.Tensor, swift: Any, 
     return rows
 
 
-def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any, where: str) -> Ratio:
-    """One distillation step, forward and backward, against the lower half run twice (two full forwards)."""
-    batch = Batch(benchmark.random_ids(swift, *sizes.windows))
+def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any) -> list[Ratio]:
+    """One distillation step, forward and backward, against the lower half run twice (two full forwards), in time and in
+    counted FLOPs: both have the same backward pass, so that more than the FLOPs' ratio is not to be had by sharing."""
+    batch = Batch(profiling.random_ids(swift, *sizes.windows))
     parameters = [p for p in swift.parameters() if p.requires_grad]
 
     def step(share: bool) -> None:
-        loss = step_loss(swift, batch, DistillConfig(share_lower=share))
-        torch.autograd.grad(loss, parameters)
+        with torch.enable_grad():
+            loss = step_loss(swift, batch, DistillConfig(share_lower=share))
+            torch.autograd.grad(loss, parameters)
 
     timing = timed(lambda: step(True), lambda: step(False))
     work = f"distillation step, {shape}, {sizes.windows[0]} x {sizes.windows[1]} tokens"
-    return row("distil-step", work, "lower half shared", "two full forwards", "this", timing, sizes.step_target)
+    ours, theirs = (profiling.counted_flops(partial(step, share)) for share in (True, False))
+    counted = Ratio(
+        "distil-flops",
+        f"{work}: counted FLOPs",
+        "lower half shared",
+        "two full forwards",
+        "this",
+        ours / 1e9,
+        theirs / 1e9,
+        "GFLOP",
+        None,
+    )
+    return [
+        row("distil-step", work, "lower half shared", "two full forwards", "this", timing, sizes.step_target),
+        counted,
+    ]
 
 
 def _plot(curve: list[dict[str, float | int]], shape: str) -> Any:

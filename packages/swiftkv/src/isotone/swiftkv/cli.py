@@ -76,7 +76,7 @@ def distill(
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
     seed = (run.seeds or (0,))[0]
-    training, held_out = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
+    training, held_out, data_id = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
     with progress.bar("distil", steps, run.silent) as bar:
         history = train_model(
             swift,
@@ -85,6 +85,7 @@ def distill(
             folder=run.out / "checkpoints",
             checkpoint_every=checkpoint_every,
             resume=run.resume,
+            data_id=data_id,
             evaluate=_scores(held_out) if train == "qkv" else None,
             on_step=lambda step, value: bar.advance(1, loss=round(value, 4)),
         )
@@ -143,6 +144,7 @@ def generate(
 ) -> dict:
     """Go on with a prompt, whose tokens stop after layer l."""
     from isotone.shared.seeding import seed_everything
+    from isotone.swiftkv.tokens import encode
 
     if (prompt is None) == (prompt_file is None):
         raise InputError("expected one of --prompt and --prompt-file")
@@ -152,7 +154,7 @@ def generate(
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
-    ids = _encode(said, model, swift.config.vocab_size)
+    ids = encode(said, model, swift.config.vocab_size)
     if not len(ids):
         raise InputError("expected at least one token in the prompt, got none")
     seed_everything((run.seeds or (0,))[0])
@@ -181,10 +183,13 @@ def benchmark(
     model: Model,
     lengths: Annotated[str, Opt(help="prompt lengths")] = "256,512,1024",
     num_key_value_layers: Annotated[int | None, Opt(help="l, for a model that is not converted; default L/2")] = None,
+    kv_dtype: Annotated[
+        str, Opt(help="of the swift model's cache: model, fp32, fp16, bf16, fp8, int8 or int4")
+    ] = "model",
 ) -> dict:
-    """Prefill time of a model with and without skipping against the prompt's length; a plot in OUT."""
-    from isotone.swiftkv.benchmark import prefill_curve
+    """TTFT, TPOT and cache of a model with and without skipping, against the prompt's length; a plot in OUT."""
     from isotone.swiftkv.convert import convert as make
+    from isotone.swiftkv.profiling import benchmark as measure
 
     try:
         points = tuple(int(part) for part in lengths.split(","))
@@ -194,23 +199,23 @@ def benchmark(
         raise InputError(f"expected --lengths as numbers such as 256,512, got {lengths!r}")
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
-        kept = num_key_value_layers or max(1, swift.config.num_hidden_layers // 2)
-        base, swift = _load(model, run), make(swift, kept, 1)
-    elif swift.config.teacher_weights:
-        # a second copy with the switch off: the two take turns
-        base = _load(model, run).swiftkv(False)
-    else:
-        raise InputError("expected a model with its teacher's weights (export dual), they were dropped")
-    where = device.resolve(run.device)
-    curve = prefill_curve(base, swift, points, device=where)
+        swift = make(swift, num_key_value_layers or max(1, swift.config.num_hidden_layers // 2), 1)
+    found = measure(swift, points, kv_dtype=kv_dtype)
     run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "prefill.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
-    drawing, axes = figure("Prefill time", "prompt, tokens", "seconds")
-    axes.plot(points, [point["base_seconds"] for point in curve], "o-", label="base")
-    axes.plot(points, [point["swift_seconds"] for point in curve], "o-", label="swift")
+    text = json.dumps([dataclasses.asdict(point) for point in found], indent=1)
+    (run.out / "benchmark.json").write_text(text, encoding="utf-8")
+    drawing, axes = figure("Time to the first token", "prompt, tokens", "seconds")
+    axes.plot(points, [point.base_ttft for point in found], "o-", label="base")
+    axes.plot(points, [point.ttft for point in found], "o-", label="swift")
+    axes.set_ylim(0)
     axes.legend(frameon=False)
     drawing.savefig(run.out / "prefill.png", dpi=120)
-    return {f"n = {point['n']}": f"{point['ratio']:.2f} x ({point['swift_seconds']:.4f} s)" for point in curve}
+    return {
+        f"n = {point.n}": f"TTFT {point.ttft:.4f} s, {point.ttft_ratio:.2f} x (bound {point.bound:.2f}); "
+        f"TPOT {1000 * point.tpot:.2f} ms, {point.tpot_ratio:.2f} x; "
+        f"cache {point.cache_bytes:,} bytes of {point.base_cache_bytes:,}"
+        for point in found
+    }
 
 
 @verb(app)
@@ -306,11 +311,12 @@ def reproduce(
     run: Run,
     scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke",
     text: Annotated[Path | None, Opt(help="a text file; default: tiny Shakespeare, or Python's library source")] = None,
+    model: Annotated[Path | None, Opt(help="a model folder to convert; default: a Llama is trained")] = None,
 ) -> Report:
-    """Measure the paper's claims again, on a Llama trained here."""
+    """Measure the paper's claims again, on a Llama trained here or a given model."""
     from isotone.swiftkv.reproduce import reproduce as measure
 
-    return measure(scale, run, text)
+    return measure(scale, run, text, model)
 
 
 @verb(app)
@@ -363,37 +369,19 @@ def _ends(scores: list[dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
     return [("before", scores[0]), ("after", scores[-1])] if scores else []
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None where it has none: then a token is a byte."""
-    if not any(folder.glob("tokenizer*")):
-        return None
-    from transformers import AutoTokenizer
-
-    from isotone.swiftkv.modeling import reading
-
-    with reading(folder):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def _encode(text: str, folder: Path, vocab: int) -> torch.Tensor:
-    tokenizer = _tokenizer(folder)
-    if tokenizer is not None:
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
-    raw = list(text.encode())
-    if raw and max(raw) >= vocab:
-        raise InputError(f"expected a tokenizer in {str(folder)!r}: its model has {vocab} tokens, too few for bytes")
-    return torch.tensor(raw, dtype=torch.long)
-
-
 def _decode(ids: torch.Tensor, folder: Path) -> str:
-    tokenizer = _tokenizer(folder)
+    from isotone.swiftkv.tokens import tokenizer_of
+
+    tokenizer = tokenizer_of(folder)
     if tokenizer is not None:
         return str(tokenizer.decode(ids))
     return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
 
 
 def _tokens(text: Path, folder: Path, model: Any) -> torch.Tensor:
-    return _encode(_read(text), folder, model.config.vocab_size)
+    from isotone.swiftkv.tokens import encode
+
+    return encode(_read(text), folder, model.config.vocab_size)
 
 
 def _read(text: Path) -> str:
@@ -405,9 +393,9 @@ def _read(text: Path) -> str:
 
 def _batches(
     text: Path, folder: Path, model: Any, batch: int, context: int, seed: int, fuse: float
-) -> tuple[Any, list[torch.Tensor]]:
-    """Training batches as a function of the step, and held-out ids to score on (the last tenth of the text)."""
-    from isotone.swiftkv.data import Batch, Windows, pack
+) -> tuple[Any, list[Any], str]:
+    """Training batches as a function of the step, held-out ones to score on (of the last tenth), and the data's id."""
+    from isotone.swiftkv.data import Batch, Windows, fingerprint, pack
 
     if text.suffix == ".jsonl":
         rows = pack(_examples(text, folder, model), context, fuse, seed)
@@ -420,7 +408,8 @@ def _batches(
             parts = zip(*((row.input_ids, row.labels, row.position_ids) for row in chosen), strict=True)
             return Batch(*(torch.cat(part) for part in parts))  # type: ignore[arg-type]
 
-        return packed, [row.input_ids.to(model.device) for row in held[:8]]
+        parts = (part for row in rows for part in (row.input_ids, row.labels, row.position_ids))
+        return packed, [row.input_ids.to(model.device) for row in held[:8]], fingerprint(batch, context, seed, *parts)
     ids = _tokens(text, folder, model)
     cut = len(ids) * 9 // 10
     if len(ids) - cut < context:
@@ -428,10 +417,13 @@ def _batches(
             f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}"
         )
     held_out = Windows(ids[cut:], context, batch, 7)
-    return Windows(ids[:cut], context, batch, seed), [held_out(step).input_ids.to(model.device) for step in range(4)]
+    training = Windows(ids[:cut], context, batch, seed)
+    return training, [held_out(step).input_ids.to(model.device) for step in range(4)], training.data_id
 
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
+    from isotone.swiftkv.tokens import encode
+
     examples = []
     for number, line in enumerate(_read(text).splitlines(), 1):
         if not line.strip():
@@ -441,8 +433,8 @@ def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], lis
             asked, answered = str(item["prompt"]), str(item["completion"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"expected prompt and completion on line {number} of {str(text)!r}") from None
-        words = _encode(asked, folder, model.config.vocab_size).tolist()
-        reply = _encode(answered, folder, model.config.vocab_size).tolist()
+        words = encode(asked, folder, model.config.vocab_size).tolist()
+        reply = encode(answered, folder, model.config.vocab_size).tolist()
         examples.append((words + reply, [-100] * len(words) + reply))
     return examples
 

@@ -5,6 +5,7 @@ A batch is a function of the data, the seed and the step alone, so that a run th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,19 @@ class Batch:
 Batches = Callable[[int], Batch]
 
 
+def fingerprint(*parts: Tensor | str | float | None) -> str:
+    """The SHA-256 of tensors (type, shape and bytes) and settings: what a checkpoint says its run was made of."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            whole = part.detach().cpu().contiguous()
+            digest.update(f"{whole.dtype} {tuple(whole.shape)};".encode())
+            digest.update(memoryview(whole.flatten().view(torch.uint8).numpy()))
+        else:
+            digest.update(f"{part!r};".encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Windows:
     """Random windows of `context` tokens of a text, `batch` a step. Raises `InputError` on a text shorter than one."""
@@ -50,6 +64,11 @@ class Windows:
             )
         if self.batch < 1:
             raise InputError(f"expected a batch of at least 1, got {self.batch}")
+
+    @property
+    def data_id(self) -> str:
+        """The SHA-256 of tokens, context, batch and seed, by which `distill` knows its own checkpoints."""
+        return fingerprint(self.tokens, self.context, self.batch, self.seed)
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`."""

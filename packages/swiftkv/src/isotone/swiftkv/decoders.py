@@ -17,7 +17,8 @@ DECODE_MODES = ("eager", "compile", "cudagraph")
 
 class Decoder:
     """Decodes into one static cache. `mode` "eager" looks at as many cached tokens as there are; the others at the
-    whole cache, so that every step has the same shapes and is compiled or captured once.
+    whole cache, so that every step has the same shapes and is compiled or captured once; they keep a copy of the upper
+    layers' key and value projections as they are now, so that a decoder is made anew after the weights were changed.
 
     `backend`: what `torch.compile` uses. Raises `InputError` on an unknown mode, or "cudagraph" without a GPU.
     """
@@ -30,14 +31,15 @@ class Decoder:
         self.model, self.cache, self.mode = model, cache, mode
         engine.check_cache(model, cache)
         # stacked once, outside of what is compiled
-        self.fused = engine.fused_projection(model) if mode != "eager" and len(cache.split.upper) else None
+        upper = mode != "eager" and len(cache.split.upper) > 0
+        self.projection = engine.KeyValueProjection(model, stacked=True) if upper else None
         if mode == "compile":
             options: Any = {"mode": "reduce-overhead"} if cache.device.type == "cuda" and backend == "inductor" else {}
             self._step = torch.compile(engine.decode_step, fullgraph=True, backend=backend, **options)
             for plane in (*cache.keys, *cache.values):
                 torch._dynamo.mark_static_address(plane)
         elif mode == "cudagraph":  # pragma: no cover - needs a GPU
-            self._graph = _Graph(model, cache, self.fused)
+            self._graph = _Graph(model, cache, self.projection)
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
@@ -48,7 +50,7 @@ class Decoder:
             self.cache.room(row, 1)
         positions = torch.tensor(self.cache.lengths, device=self.cache.device)
         if self.mode == "compile":
-            logits = self._step(self.model, tokens, positions, self.cache, self.cache.max_length, False, self.fused)
+            logits = self._step(self.model, tokens, positions, self.cache, self.cache.max_length, False, self.projection)
         else:  # pragma: no cover - needs a GPU
             logits = self._graph(tokens, positions)
         self.cache.lengths = [length + 1 for length in self.cache.lengths]
@@ -58,7 +60,7 @@ class Decoder:
 class _Graph:  # pragma: no cover - needs a GPU
     """`decode_step` captured on fixed buffers."""
 
-    def __init__(self, model: Any, cache: SwiftKVCache, fused: Any) -> None:
+    def __init__(self, model: Any, cache: SwiftKVCache, projection: Any) -> None:
         device = cache.device
         self.tokens = torch.zeros(cache.batch, dtype=torch.long, device=device)
         # warming up writes a key and value at these positions: the next ones, which the first real step overwrites
@@ -67,11 +69,11 @@ class _Graph:  # pragma: no cover - needs a GPU
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(3):
-                engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, fused)
+                engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, projection)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph), torch.no_grad():
-            self.logits = engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, fused)
+            self.logits = engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, projection)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.tokens.copy_(tokens)

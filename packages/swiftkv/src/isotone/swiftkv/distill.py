@@ -27,7 +27,8 @@ from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.convert import TRAINABLE, drop_teacher, freeze
-from isotone.swiftkv.data import Batch, Batches
+from isotone.swiftkv.data import Batch, Batches, fingerprint
+from isotone.swiftkv.families import SWIFT
 from isotone.swiftkv.losses import IGNORED, tiled_cross_entropy, tiled_kl
 
 LOSSES = ("kd", "lm")
@@ -104,6 +105,7 @@ def distill(
     folder: Path | None = None,
     checkpoint_every: int = 50,
     resume: bool = True,
+    data_id: str | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     **options: Any,
@@ -111,7 +113,9 @@ def distill(
     """Distil `model` in place on `data`, a function of the step that gives its `Batch`; returns the history.
 
     `options` are fields of `DistillConfig`, for one that is not given whole. With `folder`, checkpoints are kept there
-    and, with `resume`, the newest whole one is continued, to the same result bit for bit on a CPU. `evaluate` is called
+    and, with `resume`, the newest whole one is continued, to the same result bit for bit on a CPU, where it is of the
+    same settings, base weights and data. `data_id` names the data; by default it is the data's own (`Windows.data_id`),
+    or of a plain function the fingerprint of its first batch. `evaluate` is called
     with the model at the start, every `evaluate_every` steps and at the end. After train "norms" or "full" the teacher,
     whose weights were trained, is dropped. Raises `InputError` where there is no teacher or nothing to train, on a loss
     that is not finite, and on a checkpoint of another run.
@@ -137,6 +141,7 @@ def distill(
     if folder is None:
         run.loop(0, lambda step: None)
     else:
+        run.made_of = {"base": base_id(model), "data": data_id or _data_id(data)}
         with CheckpointStore(folder) as store:
             first = 0
             if not resume:
@@ -247,6 +252,7 @@ class _Distillation:
         self.optimizer, self.parameters, self.evaluate, self.on_step = optimizer, parameters, evaluate, on_step
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.history = History()
+        self.made_of: dict[str, str] = {}
 
     def loop(self, first: int, keep: Callable[[int], None]) -> None:
         """Steps `first` to the last; `keep` is called after each."""
@@ -290,7 +296,7 @@ class _Distillation:
         ours, theirs = self._identity(), state.get("config", {})
         differing = [key for key in ours if ours[key] != theirs.get(key)]
         if differing:
-            pairs = ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in differing)
+            pairs = ", ".join(f"{key} {_short(theirs.get(key))} (now {_short(ours[key])})" for key in differing)
             raise InputError(
                 f"expected to resume the run in {str(folder)!r} with its own settings: {pairs}; or use --fresh"
             )
@@ -313,4 +319,22 @@ class _Distillation:
 
     def _identity(self) -> dict[str, Any]:
         split = dataclasses.asdict(SwiftKVConfig.of(self.model.config))
-        return json.loads(json.dumps({**dataclasses.asdict(self.settings), **split}))
+        return json.loads(json.dumps({**dataclasses.asdict(self.settings), **split, **self.made_of}))
+
+
+def base_id(model: Any) -> str:
+    """The SHA-256 of the weights that the base model has, names and types included."""
+    named = ((name, p) for name, p in model.named_parameters() if SWIFT not in name)
+    return fingerprint(*(part for pair in named for part in pair))
+
+
+def _data_id(data: Batches) -> str:
+    own = getattr(data, "data_id", None)
+    if own is not None:
+        return str(own)
+    first = data(0)
+    return fingerprint(first.input_ids, first.labels, first.position_ids)
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) else value

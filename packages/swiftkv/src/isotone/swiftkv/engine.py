@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import kernels
@@ -126,6 +126,10 @@ def extend(
         if not 0 <= kept <= len(prompt) or len(prompt) == 0:
             raise InputError(f"expected from 0 to {len(prompt)} surviving tokens of row {row}, got {kept}")
         cache.room(row, len(prompt))
+    # stacked anew by every call, so that the weights are those of now; few tokens are not worth the copy
+    tokens = sum(len(prompt) for prompt in prompts)
+    upper = len(cache.split.upper) > 0
+    projection = KeyValueProjection(model, stacked=tokens >= STACK_FROM) if upper else None
     logits = []
     for taken in _chunks([len(prompt) for prompt in prompts], chunk):
         pieces, ids, survivors, start = [], [], [], 0
@@ -138,7 +142,7 @@ def extend(
                 survivors.append(Piece(row, start + alive - first, last - alive, cache.lengths[row] + alive - first))
             start += last - first
             cache.lengths[row] += last - first
-        found = _pass(model, torch.cat(ids), pieces, survivors, cache)
+        found = _pass(model, torch.cat(ids), pieces, survivors, cache, projection)
         if found is not None:
             logits.append(found)
     return torch.cat(logits) if logits else model.lm_head.weight.new_empty(0, model.config.vocab_size)
@@ -165,18 +169,19 @@ def decode_step(
     cache: SwiftKVCache,
     limit: int,
     even: bool = False,
-    fused: FusedProjection | None = None,
+    projection: KeyValueProjection | None = None,
 ) -> Tensor:
     """The tensor part of `decode`, which `torch.compile` and CUDA graphs take whole: nothing here reads a value back.
 
     `tokens` and `positions` (batch,); `limit`: cached tokens looked at, the cache's whole length when compiled;
-    `fused`: the stacked projections, where they are at hand.
+    `projection`: the upper layers' projections where they are stacked already; default: their modules, one by one.
     """
     rows = torch.arange(cache.batch, device=tokens.device)
     packed = Packed(rows, positions, None, limit, even)
     hidden, rope = _lower(model, tokens, packed, cache)
     if len(cache.split.upper):
-        _write_upper(model, hidden, rope, packed, cache, fused)
+        projection = projection or KeyValueProjection(model, stacked=False)
+        _write_upper(model, hidden, rope, packed, cache, projection)
         hidden = _upper(model, hidden, rope, packed, cache)
     return model.lm_head(model.model.norm(hidden))
 
@@ -221,7 +226,14 @@ def _chunks(lengths: list[int], chunk: int | None) -> list[list[tuple[int, int, 
     return passes
 
 
-def _pass(model: Any, ids: Tensor, pieces: list[Piece], survivors: list[Piece], cache: SwiftKVCache) -> Tensor | None:
+def _pass(
+    model: Any,
+    ids: Tensor,
+    pieces: list[Piece],
+    survivors: list[Piece],
+    cache: SwiftKVCache,
+    projection: KeyValueProjection | None,
+) -> Tensor | None:
     """One chunk: the lower half on all its tokens, then the upper half on the survivors, if there are any."""
     device = cache.device
     positions = [torch.arange(p.past, p.past + p.length, device=device) for p in pieces]
@@ -229,9 +241,8 @@ def _pass(model: Any, ids: Tensor, pieces: list[Piece], survivors: list[Piece], 
     limit = max(p.past + p.length for p in pieces)
     packed = Packed(torch.cat(rows), torch.cat(positions), tuple(pieces), limit)
     hidden, rope = _lower(model, ids.to(device), packed, cache)
-    upper = len(cache.split.upper) > 0
-    if upper:
-        _write_upper(model, hidden, rope, packed, cache)
+    if projection is not None:
+        _write_upper(model, hidden, rope, packed, cache, projection)
     if not survivors:
         return None
     kept = torch.cat([torch.arange(p.start, p.start + p.length, device=device) for p in survivors])
@@ -241,7 +252,7 @@ def _pass(model: Any, ids: Tensor, pieces: list[Piece], survivors: list[Piece], 
     moved = tuple(Piece(p.row, s, p.length, p.past) for p, s in zip(survivors, starts, strict=False))
     chosen = Packed(packed.rows[kept], packed.positions[kept], moved, limit)
     hidden = hidden[kept]
-    if upper:
+    if projection is not None:
         hidden = _upper(model, hidden, take(rope, kept), chosen, cache)
     return model.lm_head(model.model.norm(hidden))
 
@@ -287,26 +298,31 @@ def _finish(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
 
 
 def _write_upper(
-    model: Any, hidden: Tensor, rope: Rope, packed: Packed, cache: SwiftKVCache, fused: FusedProjection | None = None
+    model: Any, hidden: Tensor, rope: Rope, packed: Packed, cache: SwiftKVCache, projection: KeyValueProjection
 ) -> None:
     """Keys and values of every group of upper layers from h_l (T, d): one GEMM, one pass over the cache."""
-    fused = fused or fused_projection(model)
-    states = model.model.norm_swiftkv(hidden)
-    projected = F.linear(states, fused.weight, fused.bias)
+    projected = projection(model.model.norm_swiftkv(hidden))
     slots = slice(cache.split.num_key_value_layers, cache.split.slots)
-    if kernels.can_write(projected, rope, cache, fused.key_norm):
+    if kernels.can_write(projected, rope, cache, projection.key_norm):
         assert isinstance(rope, tuple)  # pragma: no cover - GPU
         kernels.rope_write(projected, rope, cache, slots, packed.rows, packed.positions)  # pragma: no cover - GPU
         return  # pragma: no cover - GPU
-    keys, values = fused.split(projected, cache)
+    keys, values = projection.split(projected)
     rotated = rotate(keys.flatten(1, 2), rope).view_as(keys)
     cache.write(slots, packed.rows, packed.positions, rotated, values)
 
 
-class FusedProjection:
-    """The key and value projections of all groups, stacked: (G * K * key_dim + G * K * value_dim, d)."""
+STACK_FROM = 64  # tokens from which one GEMM of stacked weights is worth the copy that stacking is
 
-    def __init__(self, model: Any) -> None:
+
+class KeyValueProjection:
+    """The key and value projections of all groups: d to G * K * key_dim + G * K * value_dim numbers.
+
+    `stacked`: as one matrix, a copy of the weights as they are now, unless a projection is more than a plain linear
+    layer (an adapter around it, a hook on it); such ones, and those not stacked, are called one after another.
+    """
+
+    def __init__(self, model: Any, stacked: bool) -> None:
         split = SwiftKVConfig.of(model.config)
         owners = [model.model.layers[number].self_attn for number in split.owners]
         self.spec = CacheSpec.of(model.config)
@@ -320,13 +336,23 @@ class FusedProjection:
         else:
             linears = [o.k_proj_swiftkv for o in owners] + [o.v_proj_swiftkv for o in owners]
             norms = [o.k_norm_swiftkv for o in owners if hasattr(o, "k_norm_swiftkv")]
-        self.weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.bias = torch.cat([x.bias.detach() for x in linears]) if linears[0].bias is not None else None
+        self.linears = linears
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if stacked and all(_is_plain(linear) for linear in linears):
+            self.weight = torch.cat([linear.weight.detach() for linear in linears])
+            self.bias = torch.cat([x.bias.detach() for x in linears]) if linears[0].bias is not None else None
         if norms:
             self.key_norm = torch.stack([norm.weight.detach() for norm in norms])
             self.eps = norms[0].variance_epsilon
 
-    def split(self, projected: Tensor, cache: SwiftKVCache) -> tuple[Tensor, Tensor]:
+    def __call__(self, states: Tensor) -> Tensor:
+        """All groups' keys, then (but for MLA) all their values, of normed `states` (T, d)."""
+        if self.weight is not None:
+            return F.linear(states, self.weight, self.bias)
+        return torch.cat([linear(states) for linear in self.linears], -1)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """`projected` (T, G * K * (key_dim + value_dim)) as keys (T, G, K, key_dim) and values (T, G, K, value_dim)."""
         spec = self.spec
         keys, values = projected.split([self.groups * spec.heads * d for d in (spec.key_dim, spec.value_dim)], -1)
@@ -345,13 +371,6 @@ def _rms(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * numbers.to(states.dtype)
 
 
-def fused_projection(model: Any) -> FusedProjection:
-    """The stacked projections, made when first asked for and again after the weights changed."""
-    split = SwiftKVConfig.of(model.config)
-    parameters = [p for n in split.owners for k, p in model.model.layers[n].self_attn.named_parameters() if SWIFT in k]
-    stamp = [(id(p), p._version, p.data_ptr()) for p in parameters]
-    held = model.__dict__.get("_fused_projection")
-    if held is None or held[0] != stamp:
-        held = (stamp, FusedProjection(model))
-        model.__dict__["_fused_projection"] = held
-    return held[1]
+def _is_plain(linear: Any) -> bool:
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and not hooked

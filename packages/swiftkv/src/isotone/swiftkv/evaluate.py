@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isotone.shared.errors import InputError
+from isotone.swiftkv import engine
 from isotone.swiftkv.data import recall_task
 from isotone.swiftkv.losses import IGNORED
 
@@ -28,6 +29,17 @@ def teacher_logits(model: Any) -> Logits:
     def logits(ids: Tensor) -> Tensor:
         with model.teacher():
             return model(input_ids=ids, use_cache=False).logits
+
+    return logits
+
+
+def cached_logits(model: Any, kv_dtype: str = "model") -> Logits:
+    """Token ids to the logits of `model` attending to what a cache of `kv_dtype` keeps, rounded as it is kept."""
+
+    def logits(ids: Tensor) -> Tensor:
+        batch, n = ids.shape
+        cache = engine.make_cache(model, batch, n, kv_dtype)
+        return engine.extend(model, list(ids), cache, keep=n).unflatten(0, (batch, n))
 
     return logits
 

@@ -19,6 +19,9 @@ SWIFT = "_swiftkv"
 QUERY_MODULES = ("q_proj", "q_norm", "q_a_proj", "q_a_layernorm", "q_b_proj")
 KEY_VALUE_MODULES = ("k_proj", "k_norm", "v_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")
 
+# MLA: with few queries a row the latents are attended to directly, with many they are expanded to keys and values first
+FEW_QUERIES = 16
+
 Rope = tuple[Tensor, Tensor] | Tensor
 
 

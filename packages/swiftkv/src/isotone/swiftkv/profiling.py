@@ -1,10 +1,12 @@
-"""Measuring a model's prefill and decoding: counted FLOPs, peak memory, time against prompt length, throughput."""
+"""Measuring prefill and decoding: counted FLOPs, peak memory, TTFT and TPOT against prompt length, throughput."""
 
 from __future__ import annotations
 
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from isotone.shared.bench import compare
 from isotone.shared.errors import InputError
 from isotone.swiftkv import engine
-from isotone.swiftkv.accounting import kv_bytes
+from isotone.swiftkv.accounting import kv_bytes, speedup_bound
+from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.decoders import Decoder
 
@@ -36,11 +39,16 @@ def prefill_once(model: Any, ids: Tensor, chunk: int | None = None, kv_dtype: st
 
 
 def counted_flops(function: Callable[[], Any]) -> int:
-    """What torch's counter counts while `function` runs."""
-    counter = FlopCounterMode(display=False)
+    """What torch's counter counts while `function` runs, and products grouped by expert, which it does not know."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped})
     with counter, torch.no_grad():
         function()
     return counter.get_total_flops()
+
+
+def _grouped(rows: Sequence[int], experts: Sequence[int], *unused: Any, **options: Any) -> int:
+    """Each of (m, k) rows times one of (experts, k, n) matrices."""
+    return 2 * rows[0] * rows[1] * experts[-1]
 
 
 class _Live(TorchDispatchMode):
@@ -115,6 +123,102 @@ def prefill_curve(
             }
         )
     return points
+
+
+@dataclass(frozen=True)
+class BenchmarkPoint:
+    """One prompt length `n`, batch 1. `ttft`: seconds of prefill up to the first token's logits; `tpot`: seconds of one
+    more token after the prompt; ratios are the base's over the swift model's, > 1: swift is faster. `bound`: the ratio
+    of the counted FLOPs of prefill. `cache_bytes` and `peak_bytes`: allocated, and the most that prefill takes at once.
+    """
+
+    n: int
+    ttft: float
+    base_ttft: float
+    ttft_ratio: float
+    bound: float
+    tpot: float
+    base_tpot: float
+    tpot_ratio: float
+    cache_bytes: int
+    base_cache_bytes: int
+    peak_bytes: int
+    base_peak_bytes: int
+
+
+def benchmark(
+    model: Any,
+    lengths: Sequence[int] = (256, 512, 1024),
+    *,
+    base: Any = None,
+    kv_dtype: str = "model",
+    chunk: int | None = None,
+    mode: str = "eager",
+    rounds: int = 6,
+    warmup: int = 1,
+) -> list[BenchmarkPoint]:
+    """A swift model beside the one it came from, for each prompt length; the two take turns.
+
+    `base`: any model that the engine takes; default the teacher inside `model`. `kv_dtype` and `chunk` hold for the
+    swift model, whose base keeps its own type; `mode`: how both decode. Raises `InputError` where there is no teacher,
+    and on a length below 1.
+    """
+    if base is None and not getattr(model.config, "teacher_weights", False):
+        raise InputError("expected a model with its teacher's weights (export dual), or base=, to compare with")
+    if not lengths or min(lengths) < 1:
+        raise InputError(f"expected prompt lengths of at least 1 token, got {list(lengths)}")
+    whole, off = (base, nullcontext) if base is not None else (model, model.teacher)
+    device = model.lm_head.weight.device.type
+    split = SwiftKVConfig.of(model.config)
+    points = []
+    for n in lengths:
+        ids = random_ids(model, 1, n)
+
+        def swift(ids: Tensor = ids) -> Tensor:
+            return prefill_once(model, ids, chunk, kv_dtype)
+
+        def full(ids: Tensor = ids) -> Tensor:
+            with off():
+                return prefill_once(whole, ids)
+
+        first = compare(swift, full, rounds=rounds, warmup=warmup, device=device)
+        ours, cache = decode_step(model, ids, kv_dtype, mode)
+        with off():
+            theirs, base_cache = decode_step(whole, ids, "model", mode)
+        more = compare(ours, theirs, rounds=rounds, warmup=warmup, device=device)
+        points.append(
+            BenchmarkPoint(
+                n,
+                first.ours_seconds,
+                first.peer_seconds,
+                first.ratio,
+                speedup_bound(model.config, n, split.num_key_value_layers, split.key_value_group_size),
+                more.ours_seconds,
+                more.peer_seconds,
+                more.ratio,
+                cache.bytes,
+                base_cache.bytes,
+                peak_bytes(swift, device),
+                peak_bytes(full, device),
+            )
+        )
+    return points
+
+
+def decode_step(
+    model: Any, ids: Tensor, kv_dtype: str = "model", mode: str = "eager"
+) -> tuple[Callable[[], Tensor], SwiftKVCache]:
+    """One step of decoding after a prompt (1, n), which can be taken again and again, and its cache."""
+    n = ids.shape[1]
+    cache = engine.make_cache(model, 1, n + 1, kv_dtype)
+    engine.extend(model, list(ids), cache)
+    decoder = Decoder(model, cache, mode)
+
+    def step() -> Tensor:
+        cache.crop(0, n)  # the same step again: same context, same work
+        return decoder(ids[:, 0])
+
+    return step, cache
 
 
 def throughput(
