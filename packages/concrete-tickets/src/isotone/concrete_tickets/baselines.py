@@ -59,7 +59,7 @@ def random_ticket(
     layer_densities: dict[str, float] | None = None,
     where: Where = default_kernels,
 ) -> Ticket:
-    """Weights at random over all layers together, or with the given density in each layer (`density` is then unused)."""
+    """Weights at random over all layers together, or at given densities of the layers (`density` is then unused)."""
     weights = named_weights(params, where)
     keys = jax.random.split(key, len(weights))
     scores = {n: jax.random.uniform(k, w.shape) for k, (n, w) in zip(keys, weights.items(), strict=True)}

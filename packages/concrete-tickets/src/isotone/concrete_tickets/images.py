@@ -1,7 +1,8 @@
 """Image data sets from the user's files, whole in memory, and augmentation inside jit.
 
-"digits" comes with scikit-learn and is always there; "mnist:FOLDER" reads the idx files (plain or .gz), "cifar10:FOLDER"
-and "cifar100:FOLDER" the binary version of CIFAR, "npz:FILE" arrays `x` (n, ...) and `y` (n,) of your own.
+"digits" comes with scikit-learn and is always there; "mnist:FOLDER" reads the idx files (plain or .gz),
+"cifar10:FOLDER" and "cifar100:FOLDER" the binary version of CIFAR, "npz:FILE" arrays `x` (n, ...) and `y` (n,) of your
+own.
 """
 
 from __future__ import annotations
@@ -140,9 +141,8 @@ def _npz(kind: str, path: Path) -> Images:
     order = np.random.RandomState(0).permutation(len(y))
     train, test = _cut(x[order], y[order].astype(np.int32), len(y) * 4 // 5)
     mean, std = train[0].mean(), train[0].std() + 1e-8
-    train, test = ((part[0] - mean) / std for part in (train, test)), (train[1], test[1])
-    (a, b), (c, d) = train, test
-    return _make(path.name, (a, c), (b, d), int(y.max()) + 1, None, None)
+    scaled = [((part[0] - mean) / std, part[1]) for part in (train, test)]
+    return _make(path.name, scaled[0], scaled[1], int(y.max()) + 1, None, None)
 
 
 def _cut(x: np.ndarray, y: np.ndarray, count: int) -> tuple[Any, Any]:
@@ -166,7 +166,7 @@ def _scale_colour(images: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="pad")
 def augment_crop_flip(key: Array, images: Array, pad: int = 4) -> Array:
-    """Each image (n, h, w, c) reflected by `pad` pixels, cropped at random to its size, flipped with probability 1/2."""
+    """Each image (n, h, w, c) reflected by `pad` pixels, cropped at random to its size, every second one flipped."""
     n, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from isotone.concrete_tickets.layout import Params, Where, default_kernels, named_weights
 from isotone.concrete_tickets.ticket import Ticket
 from isotone.concrete_tickets.training import Trained, Trainer, train
+from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
 TrainFn = Callable[[Params, Ticket], Params]
@@ -48,6 +53,8 @@ def imp(
     total = rounds_to(density, keep)
     ticket = Ticket.dense(rewind_params, where)
     tickets: list[Ticket] = []
+    if folder is not None:
+        _check_folder(Path(folder), rewind_params, density, keep)
     for number in range(1, total + 1):
         target = density if number == total else keep**number
         path = None if folder is None else Path(folder) / f"round-{number:03d}.safetensors"
@@ -60,10 +67,29 @@ def imp(
             trained = train_fn(rewind_params, ticket)
             ticket = prune_magnitude(trained, ticket, target)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 ticket.save(path)
         tickets.append(ticket)
     return tickets
+
+
+def _check_folder(folder: Path, params: Params, density: float, keep: float) -> None:
+    """The folder says whose rounds it holds."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+    identity = {"weights": digest.hexdigest(), "density": density, "keep": keep}
+    path = folder / "rounds.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            stored = {}
+        if stored != identity:
+            other = next((name for name in identity if stored.get(name) != identity[name]), "rounds")
+            raise InputError(f"expected the rounds of this pruning in {str(folder)!r}, got those of other {other}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(identity).encode())
 
 
 def prune_magnitude(trained: Params, ticket: Ticket, density: float) -> Ticket:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +73,8 @@ class Network:
         return {name: leaves[name] for name in self.names}
 
 
-class Objective(Protocol):
-    """A function to minimise over the mask."""
-
-    def __call__(self, masked: Network, dense: Network, batch: Batch, rng: Array, /) -> Float[Array, ""]: ...
+Objective = Callable[[Network, Network, Batch, Array], Array]
+"""`objective(masked, dense, batch, rng) -> scalar`, a function to minimise over the mask."""
 
 
 def task_loss(masked: Network, dense: Network, batch: Batch, rng: Array) -> Float[Array, ""]:

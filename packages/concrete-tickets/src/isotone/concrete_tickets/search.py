@@ -177,9 +177,7 @@ def search_step(
 
     loss, gradient = jax.value_and_grad(value)(state.logits)
     sizes = layout.sizes()
-    updates, optimizer = spec.optimizer().update(
-        gradient, state.optimizer, state.logits, density=density, sizes=sizes
-    )
+    updates, optimizer = spec.optimizer().update(gradient, state.optimizer, state.logits, density=density, sizes=sizes)
     logits = optax.apply_updates(state.logits, updates)
     since = (state.step - spec.decay_step + 1).astype(jnp.float32)
     averaged = jnp.where(since <= 1, logits, state.averaged + (logits - state.averaged) / jnp.maximum(since, 1))
