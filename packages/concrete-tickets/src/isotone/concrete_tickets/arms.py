@@ -220,9 +220,7 @@ class Experiment:
             batch = self.batch(seed)
             if arm.method == "saliency":
                 features, objective = self.model.features, arm.option or "loss"
-                return baselines.saliency(
-                    apply_fn, params, batch, density, objective, 1, where, features
-                ), None
+                return baselines.saliency(apply_fn, params, batch, density, objective, 1, where, features), None
             score = baselines.snip if arm.method == "snip" else baselines.grasp
             return score(apply_fn, params, batch, density, rounds, where), None
         if arm.method == "synflow":

@@ -67,9 +67,7 @@ def layer_densities(rows: Rows, density: float) -> Any:
     markers = "osD^v<>Ph*X"
     lowest = 1.0
     for number, arm in enumerate(_arms(mine)):
-        values = [
-            100 * statistics.mean(row["layers"][layer] for row in mine if row["arm"] == arm) for layer in layers
-        ]
+        values = [100 * statistics.mean(row["layers"][layer] for row in mine if row["arm"] == arm) for layer in layers]
         lowest = min([lowest, *(v for v in values if v > 0)])
         axes.plot(range(len(layers)), values, marker=markers[number % len(markers)], label=arm, alpha=0.8)
     # a layer with no weight left stands at 0, below the logarithmic part
