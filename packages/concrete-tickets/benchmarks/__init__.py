@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone concrete-tickets bench` runs. FILL"""
+"""Side by side with the peers, beyond what `isotone concrete-tickets bench` runs."""

@@ -21,7 +21,7 @@ from isotone.concrete_tickets.batches import check_data
 from isotone.concrete_tickets.images import FORMS, load_images
 from isotone.concrete_tickets.layout import kept_count, named_weights
 from isotone.concrete_tickets.models import make_model
-from isotone.concrete_tickets.objectives import resolve_objective
+from isotone.concrete_tickets.objectives import OBJECTIVES, resolve_objective
 from isotone.concrete_tickets.sanity import sanity_check
 from isotone.concrete_tickets.search import SearchConfig
 from isotone.concrete_tickets.ticket import Ticket
@@ -53,9 +53,7 @@ def search(
     data: Data = "digits",
     model: ModelName = "mlp",
     density: Annotated[float, Opt(help="share of the prunable weights to keep, in (0, 1]")] = 0.0074,
-    objective: Annotated[
-        str, Opt(help="kl, kl_forward, loss, delta_loss, feature_mse, grad_match or grad_norm")
-    ] = "kl",
+    objective: Annotated[str, Opt(help=", ".join(OBJECTIVES))] = "kl",
     when: Annotated[str, Opt(help="rewind or init: the weights that are searched")] = "rewind",
     epochs: Epochs = 40,
     batch_size: Batch = 128,
@@ -261,9 +259,7 @@ def compare(
 def export(
     run: Run,
     folder: RunFolder,
-    format: Annotated[
-        str, Opt(help="npz (dense with zeros), safetensors (weights and masks) or torch")
-    ] = "safetensors",
+    format: Annotated[str, Opt(help="npz (with zeros), safetensors (with masks) or torch")] = "safetensors",
 ) -> dict:
     """Write a trained ticket (or, untrained, its rewind weights) for other tools."""
     with _on(run.device):
