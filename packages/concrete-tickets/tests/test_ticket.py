@@ -27,7 +27,7 @@ def test_counts_are_exact():
     assert kept_count(0.29, 100) == 29, "floor(0.29 * 100) in floating point is 28"
     total = 2**24 + 3
     assert kept_count(1.0, total) == total
-    for density in (0, -0.1, 1.01, float("nan"), float("inf")):
+    for density in (0.0, -0.1, 1.01, float("nan"), float("inf")):
         with pytest.raises(InputError, match="density"):
             kept_count(density, 100)
     with pytest.raises(InputError, match="keeps a weight"):

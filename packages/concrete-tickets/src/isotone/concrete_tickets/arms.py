@@ -162,7 +162,7 @@ class Experiment:
         """Test accuracy, 0 to 1."""
         return accuracy(self.model.apply, params, self.test, self.images.prepare)
 
-    def search(self, start: Start, density: float, arm: Arm, seed: int, **more: Any) -> SearchResult:
+    def search(self, start: Start, density: float | None, arm: Arm, seed: int, **more: Any) -> SearchResult:
         """The search of a `cts` arm."""
         objective, _, controller = (arm.option or "kl").partition("+")
         config = SearchConfig(**{**vars(self.config), "controller": controller or self.config.controller})

@@ -132,7 +132,7 @@ def gradual_magnitude(
     schedule = schedule or Gradual()
     epochs = trainer.recipe.epochs
     ticket, state = Ticket.dense(params, where), None
-    trained = Trained(params, None, jnp.zeros(0))  # type: ignore[arg-type]
+    trained = Trained(params, None, np.zeros(0))
     reached = 1.0
     for epoch in range(epochs):
         target = schedule.density(density, epoch, epochs)
