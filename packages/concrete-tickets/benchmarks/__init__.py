@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone concrete-tickets bench` runs."""
+"""Side by side with the peers: `isotone concrete-tickets bench`; `nox -s "bench(concrete-tickets)"` keeps its figures."""

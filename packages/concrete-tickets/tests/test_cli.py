@@ -1,4 +1,4 @@
-"""The commands on files, killed and resumed; the reproduction resumes arm by arm; the bench's peer is the same search."""
+"""The commands on files, killed and resumed; the reproduction, arm by arm; the peer of the bench."""
 
 import dataclasses
 import json

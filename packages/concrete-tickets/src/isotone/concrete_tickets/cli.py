@@ -19,7 +19,7 @@ from isotone.concrete_tickets import reproduce as reproduction
 from isotone.concrete_tickets.arms import Arm, Experiment, Start
 from isotone.concrete_tickets.batches import check_data
 from isotone.concrete_tickets.images import FORMS, load_images
-from isotone.concrete_tickets.layout import kept_count, named_weights
+from isotone.concrete_tickets.layout import Layout, kept_count, named_weights
 from isotone.concrete_tickets.models import make_model
 from isotone.concrete_tickets.objectives import OBJECTIVES, resolve_objective
 from isotone.concrete_tickets.sanity import sanity_check
@@ -83,12 +83,11 @@ def search(
         experiment = _experiment(data, model, recipe, rewind if when == "rewind" else 0, config)
         seed = _one_seed(run)
         settings = _settings(experiment, data, model, seed)
-        if experiment.config.structure.count(":") == 0:
-            _count(experiment, density)
+        wanted = None if ":" in structure else density
+        _count(experiment, wanted, structure)
         start = _start(experiment, seed, run, settings)
         begin = time.perf_counter()
         arm = Arm("cts", objective)
-        wanted: Any = None if ":" in structure else density
         with progress.bar("search", quiet=run.silent):
             result = experiment.search(
                 *(start, wanted, arm, seed),
@@ -348,9 +347,12 @@ def _experiment(data: str, model: str, recipe: Recipe, rewind: int, config: Sear
     return Experiment(images, network, recipe, rewind, config)
 
 
-def _count(experiment: Experiment, density: float) -> int:
+def _count(experiment: Experiment, density: float | None, structure: str = "weight") -> None:
+    """Refuse what cannot be kept, before anything is trained."""
     shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    return kept_count(density, sum(w.size for w in named_weights(shapes, experiment.model.where).values()))
+    layout = Layout.of(shapes, experiment.model.where, structure)
+    if density is not None:
+        kept_count(density, layout.total)
 
 
 def _settings(experiment: Experiment, data: str, model: str, seed: int) -> dict[str, Any]:
