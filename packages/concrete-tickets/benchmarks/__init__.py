@@ -1,1 +1,1 @@
-"""Side by side with the peers: `isotone concrete-tickets bench`; `nox -s "bench(concrete-tickets)"` keeps the figures."""
+"""Side by side with the peers: `isotone concrete-tickets bench`; `nox -s "bench(concrete-tickets)"` keeps them."""
