@@ -28,7 +28,7 @@ def accuracy_against_density(rows: Rows, dense: float | None = None) -> Any:
     if dense is not None:
         axes.axhline(dense, color="#888888", linewidth=1, linestyle="--")
         axes.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
-    axes.set_xscale("log")
+    _plain_log(axes)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 
@@ -52,7 +52,7 @@ def accuracy_against_time(rows: Rows, density: float) -> Any:
             capsize=2,
             label=arm,
         )
-    axes.set_xscale("log")
+    _plain_log(axes)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 if len(_arms(rows)) < 16 else 2)
     return drawing
 
@@ -77,6 +77,14 @@ def layer_densities(rows: Rows, density: float) -> Any:
     axes.set_xticks(range(len(layers)), short, rotation=90 if len(layers) > 6 else 0)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
+
+
+def _plain_log(axes: Any) -> None:
+    """A logarithmic x axis with numbers as one reads them."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
 
 
 def _arms(rows: Rows) -> list[str]:
