@@ -148,9 +148,8 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
         recipe=Recipe(epochs=2, batch_size=400),
         rewind=1,
         config=SearchConfig(epochs=1, batch_size=400),
-        arms=("cts", "cts:loss", "ltr", "snip", "magnitude"),
-        known_epochs=2,
-        teacher_epochs=1,
+        arms=("cts", "ltr", "snip", "magnitude"),
+        known_epochs=0,
         model="mlp",
     )
     monkeypatch.setitem(reproduce.SCALES, "gpu", setting)
@@ -159,7 +158,7 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
     report = reproduce.reproduce("gpu", run)
     values = {m.claim.id: m.measured for m in report.measurements}
     assert values["resnet20"] is None, "digits are not CIFAR-10"
-    assert values["faster-than-ltr"] > 1 and values["above-snip"] is not None and values["known-ticket"] is not None
+    assert values["faster-than-ltr"] > 1 and values["above-snip"] is not None
     assert set(report.figures) == {"density", "time", "layers"}
     assert report.save(tmp_path).name == "reproduce-gpu.json"
     monkeypatch.setattr(Experiment, "run", None)

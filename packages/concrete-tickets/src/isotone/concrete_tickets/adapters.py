@@ -22,7 +22,9 @@ def from_nnx(model: Any) -> tuple[ApplyFn, Params]:
     from flax import nnx
 
     model.set_attributes(use_running_average=False, deterministic=True, raise_if_not_found=False)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+    # arrays, not the model's own variables: each call writes into variables of its own
+    rest = nnx.to_pure_dict(others)
 
     def apply_fn(params: Params, inputs: Any) -> jax.Array:
         return nnx.merge(graph, params, rest)(inputs)

@@ -156,12 +156,12 @@ def _make(name: str, train: Any, test: Any, classes: int, prepare: Any, augment:
     return Images(name, train, test, classes, prepare, augment, digest.hexdigest())
 
 
-def _scale_grey(images: Array) -> Array:
-    return (images.astype(jnp.float32) / 255 - 0.1307) / 0.3081
+def _scale_grey(images: Any) -> Array:
+    return (jnp.asarray(images, jnp.float32) / 255 - 0.1307) / 0.3081
 
 
-def _scale_colour(images: Array) -> Array:
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(CIFAR_MEAN)) / jnp.asarray(CIFAR_STD)
+def _scale_colour(images: Any) -> Array:
+    return (jnp.asarray(images, jnp.float32) / 255 - jnp.asarray(CIFAR_MEAN)) / jnp.asarray(CIFAR_STD)
 
 
 @functools.partial(jax.jit, static_argnames="pad")

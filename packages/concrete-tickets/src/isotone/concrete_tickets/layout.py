@@ -53,8 +53,8 @@ def prunable(params: Params, where: Where = default_kernels) -> Any:
     return found
 
 
-def named_weights(params: Params, where: Where = default_kernels) -> dict[str, Array]:
-    """The prunable leaves of `params` by name, in the tree's order."""
+def named_weights(params: Params, where: Where = default_kernels) -> dict[str, Any]:
+    """The prunable leaves of `params`, arrays or their shapes, by name, in the tree's order."""
     flags = jax.tree.leaves(prunable(params, where))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {leaf_name(path): leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}

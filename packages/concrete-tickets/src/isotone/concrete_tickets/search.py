@@ -193,7 +193,7 @@ def search_step(
 def search(
     apply_fn: ApplyFn,
     params: Params,
-    data: tuple[Any, Any],
+    data: Any,
     density: float | Sequence[float] | None,
     objective: str | Objective = "kl",
     *,

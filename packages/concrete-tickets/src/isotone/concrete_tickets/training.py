@@ -110,7 +110,7 @@ class Trained:
 def train(
     trainer: Trainer,
     params: Params,
-    data: tuple[Any, Any],
+    data: Any,
     *,
     key: Array | None = None,
     ticket: Ticket | None = None,
