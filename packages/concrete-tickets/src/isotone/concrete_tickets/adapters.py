@@ -22,7 +22,7 @@ def from_nnx(model: Any) -> tuple[ApplyFn, Params]:
     from flax import nnx
 
     model.set_attributes(use_running_average=False, deterministic=True, raise_if_not_found=False)
-    graph, params, others = nnx.split(model, nnx.Param, ...)
+    graph, params, others = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     # arrays, not the model's own variables: each call writes into variables of its own
     rest = nnx.to_pure_dict(others)
 

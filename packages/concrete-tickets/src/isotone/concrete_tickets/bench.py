@@ -61,7 +61,8 @@ def _experiment(name: str, images: Any) -> Experiment:
 
 def _searcher(experiment: Experiment, params: Any, objective: str, **settings: Any) -> Callable[[], Any]:
     return functools.partial(
-        *(search, experiment.model.apply, params, experiment.data, 0.0074, objective),
+        search,
+        *(experiment.model.apply, params, experiment.data, 0.0074, objective),
         config=experiment.config,
         where=experiment.model.where,
         **settings,
@@ -214,7 +215,7 @@ def check_equal_to_torch(experiment: Experiment, params: Any) -> float:
         return 100 * reverse_kl(nets[0], nets[1], Batch(x, y), jax.random.key(0))
 
     ours, gradient = jax.value_and_grad(value)(jnp.asarray(logits))
-    theirs = torch.from_numpy(logits).requires_grad_()
+    theirs: Any = torch.from_numpy(logits).requires_grad_()
     # the peer's layers are in the order of the network, ours in the order of the names
     found = peer.objective(theirs, torch.from_numpy(noise), peer.inputs[:128])
     found.backward()

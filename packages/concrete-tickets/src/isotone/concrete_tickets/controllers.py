@@ -24,10 +24,10 @@ from isotone.shared.errors import InputError
 
 
 class ControllerState(NamedTuple):
-    """`multiplier`: lambda as it was used in the newest step; `count`: steps taken."""
+    """`multiplier`: lambda as it was used in the newest step; `steps`: steps taken."""
 
     multiplier: Float[Array, ""]
-    count: Array
+    steps: Array
 
 
 def grad_balance(slack: float = 1.1, ema: float = 0.01) -> optax.GradientTransformationExtraArgs:
@@ -49,8 +49,8 @@ def grad_balance(slack: float = 1.1, ema: float = 0.01) -> optax.GradientTransfo
         error, gradient = density_error(params, slack * density, sizes)
         target = jnp.where(error > 0, global_norm(updates) / (global_norm(gradient) + 1e-12), 0.0)
         average = (1 - ema) * state.multiplier + ema * target
-        multiplier = jnp.where(state.count == 0, target, average)
-        return _add(updates, multiplier, gradient), ControllerState(multiplier, state.count + 1)
+        multiplier = jnp.where(state.steps == 0, target, average)
+        return _add(updates, multiplier, gradient), ControllerState(multiplier, state.steps + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
@@ -69,7 +69,7 @@ def lagrangian(learning_rate: float = 1e-3) -> optax.GradientTransformationExtra
     ) -> tuple[Any, ControllerState]:
         error, gradient = density_error(params, density, sizes)
         direction = _add(updates, state.multiplier, gradient)
-        return direction, ControllerState(state.multiplier + learning_rate * error, state.count + 1)
+        return direction, ControllerState(state.multiplier + learning_rate * error, state.steps + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,9 @@ def reproduce(scale: str, run: Run, data: str | None = None) -> Report:
         arm = f"ltr:{equal}"
         if arm not in {row["arm"] for row in table if row["density"] == TARGET}:
             table += rows(experiment, (arm,), (TARGET,), seeds, run, identity, log)
-    dense = [log.arm(f"dense-{s}", lambda s=s: _dense(experiment, s))["accuracy"] for s in seeds]
-    checks = [log.arm(f"sanity-{s}", lambda s=s: _sanity(experiment, s)) for s in seeds]
-    generators = [log.arm(f"known-{s}", lambda s=s: _known(setting, s)) for s in seeds] if setting.known_epochs else []
+    dense = [log.arm(f"dense-{s}", partial(_dense, experiment, s))["accuracy"] for s in seeds]
+    checks = [log.arm(f"sanity-{s}", partial(_sanity, experiment, s)) for s in seeds]
+    generators = [log.arm(f"known-{s}", partial(_known, setting, s)) for s in seeds] if setting.known_epochs else []
     figures = {
         "density": plots.accuracy_against_density(
             [row for row in table if row["arm"] in (setting.curve or setting.arms)], statistics.mean(dense)

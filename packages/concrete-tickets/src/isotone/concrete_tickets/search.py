@@ -226,7 +226,8 @@ def search(
     resolve_objective(objective)
     layout = Layout.of(params, where, config.structure)
     several = isinstance(density, (list, tuple)) or (key is not None and _stacked(key))
-    targets = [_target(layout, d) for d in (density if isinstance(density, (list, tuple)) else [density])]
+    wanted_densities: Sequence[Any] = density if isinstance(density, (list, tuple)) else [density]
+    targets = [_target(layout, d) for d in wanted_densities]
     keys = jax.random.key(0) if key is None else key
     keys = keys if _stacked(keys) else keys[None]
     inputs, labels = batches.check_data(data, config.batch_size, _classes(apply_fn, params, data, prepare, mesh))
@@ -394,7 +395,8 @@ class _Chunks:
 
     def __init__(self, folder: str | Path | None, identity: dict[str, Any], resume: bool, state: SearchState) -> None:
         self.folder, self.identity, self.resume = folder, identity, resume
-        self.state, self.history, self.epoch = state, {}, 0
+        self.state, self.epoch = state, 0
+        self.history: dict[str, np.ndarray] = {}
         self._store = None if folder is None else CheckpointStore(folder)
 
     def __enter__(self) -> _Chunks:
@@ -404,7 +406,7 @@ class _Chunks:
         try:
             if not self.resume:
                 self._store.clear()
-            elif (saved := load_latest(self.folder)) is not None:
+            elif self.folder is not None and (saved := load_latest(self.folder)) is not None:
                 self._restore(saved)
         except BaseException:
             self._store.__exit__()
@@ -422,7 +424,8 @@ class _Chunks:
             what = "weights, data, densities or keys" if other == "arrays" else f"{other} {theirs.get(other)!r}"
             raise InputError(f"expected a checkpoint of this search in {str(self.folder)!r}, got one of other {what}")
         leaves, tree = jax.tree.flatten(self.state)
-        self.state = tree.unflatten([jnp.asarray(saved.arrays[f"state-{i}"]) for i in range(len(leaves))])
+        restored = [jnp.asarray(saved.arrays[f"state-{i}"]) for i in range(len(leaves))]
+        self.state = jax.tree.unflatten(tree, restored)
         self.history = {n.removeprefix("history-"): a for n, a in saved.arrays.items() if n.startswith("history-")}
         self.epoch = saved.step
 

@@ -158,7 +158,7 @@ def train(
                     where = str(checkpoint)
                     raise InputError(f"expected a checkpoint of this training in {where!r}, got one of other {other}")
                 leaves, tree = jax.tree.flatten(state)
-                state = tree.unflatten([jnp.asarray(saved.arrays[str(i)]) for i in range(len(leaves))])
+                state = jax.tree.unflatten(tree, [jnp.asarray(saved.arrays[str(i)]) for i in range(len(leaves))])
                 epoch = saved.step
             while epoch < last:
                 stop = min(epoch + checkpoint_every, last)
