@@ -1,0 +1,74 @@
+"""Batches of a data set that lies on the device whole, as functions of a key and the step alone.
+
+A resumed run therefore sees what the uninterrupted one saw, on any number of devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from isotone.concrete_tickets.objectives import Batch
+from isotone.shared.errors import InputError
+
+
+def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[Array, Array]:
+    """`(inputs, labels)` on the device.
+
+    Raises `InputError` where they are not a pair of equal length, hold NaN or infinities, are fewer than a batch, or
+    where labels are not whole numbers from 0 to `classes` - 1.
+    """
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise InputError(f"expected data as (inputs, labels), got {type(data).__name__}")
+    inputs, labels = data
+    if len(inputs) != len(labels):
+        raise InputError(f"expected as many labels as inputs, got {len(labels)} and {len(inputs)}")
+    if not 1 <= batch_size <= len(inputs):
+        raise InputError(f"expected a batch_size from 1 to the {len(inputs)} examples, got {batch_size}")
+    if jnp.issubdtype(inputs.dtype, jnp.floating) and not bool(jnp.isfinite(inputs).all()):
+        raise InputError("expected finite inputs, got NaN or infinity")
+    host = np.asarray(labels)
+    if host.ndim != 1 or not np.issubdtype(host.dtype, np.integer):
+        raise InputError(f"expected labels as whole numbers, one an example, got {host.dtype} of shape {host.shape}")
+    if host.min() < 0 or (classes is not None and host.max() >= classes):
+        raise InputError(f"expected labels from 0 to {(classes or 0) - 1}, got {host.min()} to {host.max()}")
+    return jnp.asarray(inputs), jnp.asarray(labels, jnp.int32)
+
+
+def epoch_order(key: Array, epoch: Array | int, examples: int, batch_size: int) -> Array:
+    """Indices (steps, batch_size) of an epoch; what does not fill a batch waits for another epoch."""
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+    steps = examples // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def take(inputs: Any, labels: Array, index: Array, axis_name: str | None = None, devices: int = 1) -> Batch:
+    """The examples of `index` (batch,); with `axis_name`, this device's share of them."""
+    if axis_name is not None:
+        index = index.reshape(devices, -1)[jax.lax.axis_index(axis_name)]
+    return Batch(inputs[index], labels[index])
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "prepare"))
+def _correct(apply_fn: Any, prepare: Any, params: Any, inputs: Any, labels: Array) -> Array:
+    logits = apply_fn(params, inputs if prepare is None else prepare(inputs))
+    return jnp.sum(jnp.argmax(logits, -1) == labels)
+
+
+def accuracy(apply_fn: Any, params: Any, data: Any, prepare: Any = None, batch_size: int = 1000) -> float:
+    """The share of examples classified right, 0 to 1.
+
+    `prepare`: run on the inputs inside jit. A network that normalises with batch statistics sees batches of
+    `batch_size` (the last one smaller), in the order given.
+    """
+    inputs, labels = data
+    starts = range(0, len(labels), batch_size)
+    correct = [
+        _correct(apply_fn, prepare, params, inputs[i : i + batch_size], labels[i : i + batch_size]) for i in starts
+    ]
+    return sum(int(c) for c in correct) / len(labels)

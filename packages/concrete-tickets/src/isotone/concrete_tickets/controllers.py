@@ -1,0 +1,104 @@
+"""What holds the expected density near its target while the logits are searched, as optax transformations.
+
+Both take the gradient g = dR/dalpha of the objective and return g + lambda * h, where h is the gradient of the
+density's error. They chain with any optax transformation:
+
+    tx = optax.chain(grad_balance(), optax.adam(0.1))
+    updates, state = tx.update(g, state, logits, density=0.01)
+
+`density` is an ordinary argument, traced under jit, so that one compile serves every density. `sizes`, a pytree like
+the logits, is how many weights each logit stands for (1 if not given).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from isotone.shared.errors import InputError
+
+
+class ControllerState(NamedTuple):
+    """`multiplier`: lambda as it was used in the newest step; `steps`: steps taken."""
+
+    multiplier: Float[Array, ""]
+    steps: Array
+
+
+def grad_balance(slack: float = 1.1, ema: float = 0.01) -> optax.GradientTransformationExtraArgs:
+    """GRADBALANCE: the sparsity gradient is brought to the norm of the task's, only while the density is too high.
+
+    With p = sigmoid(alpha), desired = slack * kappa * d: err = 100 (sum p / desired - 1), h = d err / d alpha,
+    lambda' = |g| / (|h| + 1e-12) if err > 0 else 0; lambda is lambda' at the first step, then its exponential
+    average with weight `ema`. Nothing to tune: lambda h does not change when err is scaled, and the whole direction
+    scales with R.
+    """
+    if not slack > 0:
+        raise InputError(f"expected slack above 0, got {slack}")
+    if not 0 < ema <= 1:
+        raise InputError(f"expected ema in (0, 1], got {ema}")
+
+    def update(
+        updates: Any, state: ControllerState, params: Any = None, *, density: Any, sizes: Any = None, **_: Any
+    ) -> tuple[Any, ControllerState]:
+        error, gradient = density_error(params, slack * density, sizes)
+        target = jnp.where(error > 0, global_norm(updates) / (global_norm(gradient) + 1e-12), 0.0)
+        average = (1 - ema) * state.multiplier + ema * target
+        multiplier = jnp.where(state.steps == 0, target, average)
+        return _add(updates, multiplier, gradient), ControllerState(multiplier, state.steps + 1)
+
+    return optax.GradientTransformationExtraArgs(_init, update)
+
+
+def lagrangian(learning_rate: float = 1e-3) -> optax.GradientTransformationExtraArgs:
+    """The alternative: one multiplier, raised by `learning_rate` times the signed error at each step.
+
+    The loss is R + lambda * err with desired = kappa * d, no slack; lambda starts at 0. The paper's rate is 0.01 of
+    the logits' (a tenth of that for feature_mse).
+    """
+    if not learning_rate > 0:
+        raise InputError(f"expected a learning_rate above 0, got {learning_rate}")
+
+    def update(
+        updates: Any, state: ControllerState, params: Any = None, *, density: Any, sizes: Any = None, **_: Any
+    ) -> tuple[Any, ControllerState]:
+        error, gradient = density_error(params, density, sizes)
+        direction = _add(updates, state.multiplier, gradient)
+        return direction, ControllerState(state.multiplier + learning_rate * error, state.steps + 1)
+
+    return optax.GradientTransformationExtraArgs(_init, update)
+
+
+def density_error(logits: Any, density: Any, sizes: Any = None) -> tuple[Float[Array, ""], Any]:
+    """err = 100 (sum sigmoid(alpha) / (density * d) - 1), in percent, and h, its gradient by alpha (analytic)."""
+    if logits is None:
+        raise ValueError("expected the logits as params: update(updates, state, logits, density=...)")
+    if sizes is None:
+        sizes = jax.tree.map(jnp.ones_like, logits)
+    total = sum(jnp.sum(size) for size in jax.tree.leaves(sizes))
+    probabilities = jax.tree.map(jax.nn.sigmoid, logits)
+    expected = sum(jax.tree.leaves(jax.tree.map(lambda p, s: jnp.sum(p * s), probabilities, sizes)))
+    error = 100 * (expected / (density * total) - 1)
+    scale = 100 / (density * total)
+    return error, jax.tree.map(lambda p, s: scale * s * p * (1 - p), probabilities, sizes)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The Euclidean norm over all leaves, safe where the squares would underflow: divided by the largest first."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in jax.tree.leaves(tree)))
+
+
+def _init(params: Any) -> ControllerState:
+    del params
+    return ControllerState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def _add(updates: Any, multiplier: Array, gradient: Any) -> Any:
+    return jax.tree.map(lambda g, h: g + multiplier * h, updates, gradient)

@@ -1,0 +1,217 @@
+"""Which weights can be pruned, and how one flat vector of logits covers them.
+
+`d` prunable weights in all, `g` groups of weights that share one logit (`g` = `d` where every weight has its own).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from isotone.shared.errors import InputError
+
+Params = Any
+"""Any pytree of arrays: a flax nnx State or its pure dict, linen's `variables["params"]`, or plain containers."""
+Where = Callable[[str, Any], bool]
+"""`where(name, leaf) -> bool`: whether the leaf called `name` ("layers/0/kernel") may be pruned."""
+Masks = Mapping[str, Array]
+"""For each prunable leaf, by name, a mask of its shape."""
+
+_NOT_KERNEL = re.compile(r"(^|[^a-z])(bias|scale|embed\w*|norm\w*|\w*norm|bn\d*)([^a-z]|$)", re.I)
+STRUCTURES = "weight, input, output or N:M (such as 2:4)"
+
+
+def default_kernels(name: str, leaf: Any) -> bool:
+    """Floating-point matrices and convolution kernels; never biases, norms or embeddings."""
+    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and leaf.ndim >= 2 and not _NOT_KERNEL.search(name)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf: its path's keys joined by "/"; the `.value` of an nnx variable is left out."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def prunable(params: Params, where: Where = default_kernels) -> Any:
+    """A pytree like `params` with True at each leaf that may be pruned.
+
+    Raises `InputError` where `where` matches no leaf.
+    """
+    found = jax.tree_util.tree_map_with_path(lambda path, leaf: bool(where(leaf_name(path), leaf)), params)
+    if not any(jax.tree.leaves(found)):
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise InputError(f"expected a leaf that may be pruned, got none among {', '.join(names) or 'no leaves'}")
+    return found
+
+
+def named_weights(params: Params, where: Where = default_kernels) -> dict[str, Any]:
+    """The prunable leaves of `params`, arrays or their shapes, by name, in the tree's order."""
+    flags = jax.tree.leaves(prunable(params, where))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {leaf_name(path): leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}
+
+
+def masked(params: Params, masks: Masks) -> Params:
+    """`params` with each masked leaf multiplied by its mask, in the leaf's dtype: m * theta."""
+
+    def multiply(path: tuple[Any, ...], leaf: Any) -> Any:
+        mask = masks.get(leaf_name(path))
+        return leaf if mask is None else leaf * mask.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(multiply, params)
+
+
+def kept_count(density: float, total: int) -> int:
+    """floor(density * total), exact: the density is read as the decimal it is written as (0.29 of 100 is 29).
+
+    Raises `InputError` where the density is not in (0, 1], or keeps nothing.
+    """
+    if not (isinstance(density, (int, float)) and math.isfinite(density) and 0 < density <= 1):
+        raise InputError(f"expected a density in (0, 1], got {density}")
+    count = math.floor(Fraction(repr(float(density))) * total)
+    if count == 0:
+        raise InputError(f"expected a density that keeps a weight of {total}, got {density}")
+    return count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the prunable leaves, and how a flat vector of logits maps onto their weights.
+
+    `structure`: "weight" (a logit a weight), "output" or "input" (a logit for each slice along the last or the
+    last-but-one axis: a unit or channel of the next or the previous layer), or "N:M" (a logit a weight; of each M
+    consecutive ones along the last-but-one axis exactly N are kept).
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    structure: str = "weight"
+
+    def __post_init__(self) -> None:
+        if self.structure not in ("weight", "input", "output"):
+            match = re.fullmatch(r"(\d+):(\d+)", self.structure)
+            if not match or not 0 < int(match[1]) < int(match[2]):
+                raise InputError(f"expected structure to be {STRUCTURES}, got {self.structure!r}")
+            for name, shape in zip(self.names, self.shapes, strict=True):
+                if shape[-2] % int(match[2]):
+                    message = f"expected {name} to have inputs divisible by {match[2]} for {self.structure}"
+                    raise InputError(f"{message}, got shape {shape}")
+
+    @classmethod
+    def of(cls, params: Params, where: Where = default_kernels, structure: str = "weight") -> Layout:
+        """The layout of the prunable leaves of `params`. Raises `InputError` where there is none."""
+        weights = named_weights(params, where)
+        return cls(tuple(weights), tuple(tuple(w.shape) for w in weights.values()), structure)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) of the structure "N:M", else None."""
+        if ":" not in self.structure:
+            return None
+        n, m = self.structure.split(":")
+        return int(n), int(m)
+
+    @property
+    def total(self) -> int:
+        """d: the prunable weights."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def group_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """For each leaf the shape of its logits, which broadcasts against the leaf's."""
+        axis = {"output": -1, "input": -2}.get(self.structure)
+        if axis is None:
+            return self.shapes
+        return tuple(
+            tuple(size if i == len(shape) + axis else 1 for i, size in enumerate(shape)) for shape in self.shapes
+        )
+
+    @property
+    def groups(self) -> int:
+        """g: the logits."""
+        return sum(math.prod(shape) for shape in self.group_shapes)
+
+    def sizes(self) -> Float[Array, " groups"]:
+        """How many weights each logit stands for."""
+        pairs = [(math.prod(g), math.prod(s)) for g, s in zip(self.group_shapes, self.shapes, strict=True)]
+        return jnp.concatenate([jnp.full(count, weights // count, jnp.float32) for count, weights in pairs])
+
+    def expand(self, flat: Array) -> dict[str, Array]:
+        """The flat vector (..., g) cut into one array for each leaf, broadcast to the leaf's shape."""
+        found, start = {}, 0
+        for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
+            part = flat[start : start + math.prod(group)].reshape(group)
+            found[name] = part if group == shape else jnp.broadcast_to(part, shape)
+            start += math.prod(group)
+        return found
+
+    def flatten(self, scores: Masks) -> Array:
+        """The inverse of `expand`: one entry a group, the sum of its weights' scores. Raises on other shapes."""
+        self.check(scores)
+        parts = []
+        for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
+            axes = tuple(i for i, (a, b) in enumerate(zip(shape, group, strict=True)) if a != b)
+            parts.append(jnp.sum(jnp.asarray(scores[name]), axis=axes).reshape(-1))
+        return jnp.concatenate(parts)
+
+    def check(self, leaves: Mapping[str, Any]) -> None:
+        """Raise `InputError` naming the first leaf of this layout that `leaves` has not, or in another shape."""
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in leaves:
+                raise InputError(f"expected a leaf {name!r}, got {', '.join(leaves) or 'none'}")
+            if tuple(leaves[name].shape) != shape:
+                raise InputError(f"expected {name} of shape {shape}, got {tuple(leaves[name].shape)}")
+
+    def select(self, scores: Array, density: float | None, count: int | None = None) -> Bool[Array, " groups"]:
+        """The mask of the groups with the largest scores.
+
+        Exactly floor(density * d) weights for "weight", exactly N of each M for "N:M" (`density` is then N/M or
+        None), at most floor(density * d) for groups of several weights, which are taken from the top until the
+        next does not fit. `count` weights instead, where given. Ties go to the lower index. Raises `InputError` on NaN.
+        """
+        if bool(jnp.isnan(scores).any()):
+            raise InputError(f"expected scores without NaN, got {int(jnp.isnan(scores).sum())} of {scores.size}")
+        if self.n_of_m is not None:
+            return self._select_blocks(scores, *self.n_of_m, density)
+        if count is None:
+            if density is None:
+                raise InputError(f"expected a density for structure {self.structure!r}, got None")
+            count = kept_count(density, self.total)
+        if self.structure == "weight":
+            return top_k(scores, count)
+        order = jnp.argsort(-scores, stable=True)
+        fits = jnp.cumsum(self.sizes()[order].astype(jnp.int32)) <= count
+        if not bool(fits[0]):
+            size = int(self.sizes()[order[0]])
+            raise InputError(f"expected a density that keeps a group of {size} weights, got room for {count}")
+        return jnp.zeros(self.groups, bool).at[order].set(fits)
+
+    def _select_blocks(self, scores: Array, n: int, m: int, density: float | None) -> Array:
+        if density is not None and not math.isclose(density, n / m):
+            raise InputError(f"expected density {n / m:g} for structure {self.structure}, got {density}")
+        parts = []
+        for name in self.names:
+            leaf = self.expand(scores)[name]
+            blocks = jnp.moveaxis(leaf, -2, -1).reshape(-1, m)
+            kept = jax.vmap(top_k, (0, None))(blocks, n)
+            back = kept.reshape(*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2])
+            parts.append(jnp.moveaxis(back, -1, -2).reshape(-1))
+        return jnp.concatenate(parts)
+
+
+@jax.jit
+def top_k(scores: Array, k: Array | int) -> Array:
+    """True at exactly the `k` largest of the scores (n), ties to the lower index. `k` may be traced: one compile."""
+    threshold = jnp.sort(scores)[scores.shape[0] - jnp.maximum(k, 1)]
+    above, tied = scores > threshold, scores == threshold
+    needed = k - jnp.sum(above)
+    return (above | (tied & (jnp.cumsum(tied) <= needed))) & (k > 0)

@@ -1,0 +1,77 @@
+"""Tickets to and from PyTorch: masks of `torch.nn.utils.prune`, whose weights lie the other way round.
+
+flax keeps a kernel as (inputs, outputs) or (height, width, inputs, outputs), torch as (outputs, inputs) or (outputs,
+inputs, height, width). torch is imported when used (extra `torch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from isotone.concrete_tickets.ticket import Ticket
+from isotone.shared.errors import InputError
+
+
+def torch_name(name: str) -> str:
+    """ "layers/0/kernel" as torch calls it: "layers.0.weight"."""
+    return name.replace("/", ".").removesuffix("kernel") + ("weight" if name.endswith("kernel") else "")
+
+
+def to_torch_order(array: Any) -> np.ndarray:
+    """A flax kernel's array in torch's order of axes (2 dimensions: transposed; more: outputs, inputs, the rest)."""
+    array = np.asarray(array)
+    return np.ascontiguousarray(np.moveaxis(array, (-1, -2), (0, 1)))
+
+
+def from_torch_order(array: Any) -> np.ndarray:
+    """The inverse of `to_torch_order`."""
+    return np.ascontiguousarray(np.moveaxis(np.asarray(array), (0, 1), (-1, -2)))
+
+
+def prune_torch(module: Any, ticket: Ticket, names: Mapping[str, str] | None = None) -> Any:
+    """Put the ticket on a `torch.nn.Module` by `prune.custom_from_mask`; returns the module.
+
+    `names`: the module's parameter for each leaf ("layers.0.weight"); by default those of `torch_name`. Raises
+    `InputError` where the module has no such parameter, or one of another shape; the module is then as it was.
+    """
+    import torch
+    from torch.nn.utils import prune
+
+    plan = []
+    for name, mask in ticket.masks.items():
+        target = (names or {}).get(name, torch_name(name))
+        parent, _, leaf = target.rpartition(".")
+        try:
+            owner = module.get_submodule(parent)
+            parameter = getattr(owner, leaf)
+        except AttributeError:
+            raise InputError(f"expected a parameter {target!r} for {name}, the module has none") from None
+        turned = torch.from_numpy(to_torch_order(mask))
+        if tuple(parameter.shape) != tuple(turned.shape):
+            raise InputError(f"expected {target} of shape {tuple(turned.shape)}, got {tuple(parameter.shape)}")
+        plan.append((owner, leaf, turned))
+    for owner, leaf, turned in plan:
+        prune.custom_from_mask(owner, leaf, turned)
+    return module
+
+
+def from_torch(module: Any, names: Mapping[str, str] | None = None) -> Ticket:
+    """The ticket of a module pruned by `torch.nn.utils.prune`: its `*_mask` buffers.
+
+    `names`: the leaf for each torch parameter ("layers.0.weight": "layers/0/kernel"); by default the inverse of
+    `torch_name`. Raises `InputError` where there is no mask.
+    """
+    masks = {}
+    for name, buffer in module.named_buffers():
+        if not name.endswith("_mask"):
+            continue
+        parameter = name.removesuffix("_mask")
+        leaf = (names or {}).get(parameter, parameter.removesuffix("weight").replace(".", "/") + "kernel")
+        masks[leaf] = jnp.asarray(from_torch_order(buffer.detach().cpu().numpy()).astype(bool))
+    if not masks:
+        raise InputError("expected a module pruned by torch.nn.utils.prune, got one without a mask")
+    return Ticket(masks)
