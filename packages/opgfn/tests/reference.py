@@ -1,10 +1,120 @@
-"""The naive forms that the fast paths are held to."""
+"""The naive forms, written from the paper's equations one object, pair and subtrajectory at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
 
 
-def method(values):
-    """FILL: the method, written from the equations alone."""
-    rest, ordered = list(values), []
-    while rest:
-        ordered.append(min(rest))
-        rest.remove(ordered[-1])
-    return ordered
+def dominates(a, b) -> bool:
+    """x dominates x' iff u >= u' everywhere and > somewhere."""
+    return all(p >= q for p, q in zip(a, b, strict=True)) and any(p > q for p, q in zip(a, b, strict=True))
+
+
+def non_dominated(u) -> list[bool]:
+    return [not any(dominates(other, mine) for other in u) for mine in u]
+
+
+def nd_rank(u) -> list[int]:
+    rank, left, current = [-1] * len(u), set(range(len(u))), 0
+    while left:
+        front = {i for i in left if not any(dominates(u[j], u[i]) for j in left)}
+        for i in front:
+            rank[i] = current
+        left -= front
+        current += 1
+    return rank
+
+
+def softmax_cross_entropy(r, q) -> float:
+    norm = math.log(sum(math.exp(x) for x in r))
+    return -sum(p / sum(q) * (x - norm) for x, p in zip(r, q, strict=True))
+
+
+def pair_loss(r_i, r_j, u_i, u_j) -> float:
+    """CE of softmax([r_i, r_j]) with y = 1, 1/2 or 0."""
+    y = 1.0 if u_i > u_j else 0.0 if u_i < u_j else 0.5
+    return softmax_cross_entropy([r_i, r_j], [y, 1 - y])
+
+
+def subtb(log_pf, log_pb, log_flow, log_reward, lam) -> float:
+    """SubTB(lambda) of one trajectory, by a triple loop over start, end and action."""
+    n = len(log_pf)
+    flow = [*log_flow, log_reward]
+    weighted = norm = 0.0
+    for start in range(n):
+        for end in range(start + 1, n + 1):
+            residual = flow[start] - flow[end]
+            for t in range(start, end):
+                residual += log_pf[t] - log_pb[t]
+            weighted += lam ** (end - start) * residual**2
+            norm += lam ** (end - start)
+    return weighted / norm
+
+
+def op_subtb(trajectories, order, lambda_op, lam) -> float:
+    """sum_k w_k (mean of squared non-terminal residuals of length k + lambda_OP L_OP of predicted rewards)."""
+    longest = max(len(t[0]) for t in trajectories)
+    loss = 0.0
+    for k in range(1, longest + 1):
+        weight = (1 - lam) * lam ** (k - 1) / (1 - lam**longest)
+        squares, predicted, members = [], [], []
+        for index, (log_pf, log_pb, flow) in enumerate(trajectories):
+            n = len(log_pf)
+            for start in range(n - k):
+                residual = flow[start] - flow[start + k]
+                residual += sum(log_pf[t] - log_pb[t] for t in range(start, start + k))
+                squares.append(residual**2)
+            if n >= k:
+                start = n - k
+                predicted.append(flow[start] + sum(log_pf[t] - log_pb[t] for t in range(start, n)))
+                members.append(index)
+        loss += weight * (sum(squares) / len(squares) if squares else 0.0)
+        loss += weight * lambda_op * order(predicted, members)
+    return loss
+
+
+def hypervolume(u) -> float:
+    """By inclusion and exclusion over the boxes [0, u]: for a handful of points only."""
+    total = 0.0
+    for size in range(1, len(u) + 1):
+        for subset in itertools.combinations(u, size):
+            total -= (-1) ** size * float(np.prod(np.clip(np.min(subset, axis=0), 0, None)))
+    return total
+
+
+def igd_plus(front, reference) -> float:
+    """mean over p of min over a of the length of max(p - a, 0)."""
+    return sum(
+        min(math.sqrt(sum(max(p - a, 0.0) ** 2 for p, a in zip(point, candidate, strict=True))) for candidate in front)
+        for point in reference
+    ) / len(reference)
+
+
+def r2(front, weights, ideal) -> float:
+    """Sum over v of min over a of max_j v_j |z_j - a_j|, not normalised."""
+    return sum(
+        min(max(w * abs(z - a) for w, z, a in zip(v, ideal, candidate, strict=True)) for candidate in front)
+        for v in weights
+    )
+
+
+def max_base_pairs(sequence: str, loop: int) -> int:
+    """Nussinov's recursion by plain recursion over intervals, for short sequences."""
+    from functools import cache
+
+    pairs = {"AT", "TA", "CG", "GC"}
+
+    @cache
+    def best(i: int, j: int) -> int:
+        if j - i <= loop:
+            return 0
+        found = best(i + 1, j)
+        for k in range(i + loop + 1, j + 1):
+            if sequence[i] + sequence[k] in pairs:
+                found = max(found, 1 + best(i + 1, k - 1) + best(k + 1, j))
+        return found
+
+    return best(0, len(sequence) - 1) if sequence else 0

@@ -1,6 +1,3 @@
-"""FILL: the paper's idea in a paragraph, and what this package gives."""
-
-from isotone.opgfn.method import method
+"""Order-Preserving GFlowNets."""
 
 __version__ = "0.1.0"
-__all__ = ["method"]
