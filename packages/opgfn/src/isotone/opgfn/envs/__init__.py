@@ -1,0 +1,8 @@
+"""The environments: batched, with exact masks both ways; a state is a row of integers."""
+
+from isotone.opgfn.envs.base import Environment
+from isotone.opgfn.envs.counts import Bag, NasCell
+from isotone.opgfn.envs.grid import Grid, HyperGrid, MOOGrid
+from isotone.opgfn.envs.strings import StringEnv
+
+__all__ = ["Bag", "Environment", "Grid", "HyperGrid", "MOOGrid", "NasCell", "StringEnv"]

@@ -1,0 +1,6 @@
+"""The networks: what they return, and those for rows of categories."""
+
+from isotone.opgfn.policies.base import Policy, PolicyOutput
+from isotone.opgfn.policies.mlp import MLPPolicy, SetPolicy
+
+__all__ = ["MLPPolicy", "Policy", "PolicyOutput", "SetPolicy"]
