@@ -118,3 +118,85 @@ def max_base_pairs(sequence: str, loop: int) -> int:
         return found
 
     return best(0, len(sequence) - 1) if sequence else 0
+
+
+class Tree:
+    """A fragment tree as an object per state: nodes with fragments, edges with a stem or None at each end."""
+
+    def __init__(self, nodes, edges) -> None:
+        self.nodes, self.edges = dict(nodes), {frozenset(e): dict(ends) for e, ends in edges.items()}
+
+    def degree(self, i) -> int:
+        return sum(i in edge for edge in self.edges)
+
+    def used(self, i) -> set:
+        return {ends[i] for edge, ends in self.edges.items() if i in edge and ends[i] is not None}
+
+    def forward(self, stems, most):
+        """All (action, child), actions as words."""
+        found = []
+        fragments = range(len(stems))
+        if not self.nodes:
+            return [(("add", 0, v), Tree({0: v}, {})) for v in fragments]
+        new = max(self.nodes) + 1
+        if len(self.nodes) < most:
+            for i, fragment in self.nodes.items():
+                if self.degree(i) < len(stems[fragment]):
+                    for v in fragments:
+                        child = Tree({**self.nodes, new: v}, self.edges)
+                        child.edges[frozenset((i, new))] = {i: None, new: None}
+                        found.append((("add", i, v), child))
+        for edge, ends in self.edges.items():
+            for i, stem in ends.items():
+                if stem is None:
+                    for k in range(len(stems[self.nodes[i]])):
+                        if k not in self.used(i):
+                            child = Tree(self.nodes, self.edges)
+                            child.edges[edge][i] = k
+                            found.append((("set", edge, i, k), child))
+        if all(stem is not None for ends in self.edges.values() for stem in ends.values()):
+            found.append((("stop",), self))
+        return found
+
+    def backward(self):
+        """All (action, parent)."""
+        found = []
+        for i in self.nodes:
+            mine = [edge for edge in self.edges if i in edge]
+            if len(mine) <= 1 and all(stem is None for edge in mine for stem in self.edges[edge].values()):
+                nodes = {j: v for j, v in self.nodes.items() if j != i}
+                found.append((("remove", i), Tree(nodes, {e: x for e, x in self.edges.items() if i not in e})))
+        for edge, ends in self.edges.items():
+            for i, stem in ends.items():
+                if stem is not None:
+                    parent = Tree(self.nodes, self.edges)
+                    parent.edges[edge][i] = None
+                    found.append((("unset", edge, i), parent))
+        return found
+
+    def relabelled(self, order):
+        name = dict(zip(self.nodes, order, strict=True))
+        nodes = tuple(sorted((name[i], v) for i, v in self.nodes.items()))
+        edges = tuple(
+            sorted(tuple(sorted((name[i], -1 if s is None else s) for i, s in ends.items())) for ends in self.edges.values())
+        )
+        return nodes, edges
+
+    def canonical(self):
+        """The least relabelling: equal for isomorphic trees only. For a handful of nodes."""
+        return min(self.relabelled(order) for order in itertools.permutations(range(len(self.nodes))))
+
+    def automorphisms(self) -> int:
+        same = self.relabelled(range(len(self.nodes)))
+        return sum(self.relabelled(order) == same for order in itertools.permutations(range(len(self.nodes))))
+
+
+def tree_of(env, row) -> Tree:
+    """The object of a row of integers."""
+    n = env.n
+    size = sum(value < env.v for value in row[:n])
+    edges = {}
+    for j in range(1, size):
+        i, upper, lower = row[n + j], row[2 * n + j], row[3 * n + j]
+        edges[frozenset((i, j))] = {i: None if upper == env.k else upper, j: None if lower == env.k else lower}
+    return Tree(dict(enumerate(row[:size])), edges)

@@ -98,7 +98,12 @@ def test_table_and_steps_train_alike() -> None:
     env = HyperGrid(2, 6)
     config = TrainConfig(batch_size=32, objective="op-subtb", lambda_kl=0.1)
     runs = [GFlowNet(env, config=config, replay=PRT, table=table).fit(steps=5) for table in (True, False)]
-    assert torch.allclose(weights(runs[0]), weights(runs[1]), atol=1e-5)
+    # the scale of all flows is a gauge, with no gradient but rounding, which Adam blows up: it is not compared
+    states = runs[0].graph.states
+    ours, theirs = (run.policy(states) for run in runs)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert torch.allclose(ours.backward_logits, theirs.backward_logits, atol=1e-5)
+    assert torch.allclose(ours.log_flow.diff(), theirs.log_flow.diff(), atol=1e-5)
     assert runs[0].history == pytest.approx(runs[1].history, abs=1e-5)
 
 

@@ -2,7 +2,8 @@
 
 from isotone.opgfn.envs.base import Environment
 from isotone.opgfn.envs.counts import Bag, NasCell
+from isotone.opgfn.envs.fragments import FragmentEnv
 from isotone.opgfn.envs.grid import Grid, HyperGrid, MOOGrid
 from isotone.opgfn.envs.strings import StringEnv
 
-__all__ = ["Bag", "Environment", "Grid", "HyperGrid", "MOOGrid", "NasCell", "StringEnv"]
+__all__ = ["Bag", "Environment", "FragmentEnv", "Grid", "HyperGrid", "MOOGrid", "NasCell", "StringEnv"]
