@@ -200,3 +200,59 @@ def tree_of(env, row) -> Tree:
         i, upper, lower = row[n + j], row[2 * n + j], row[3 * n + j]
         edges[frozenset((i, j))] = {i: None if upper == env.k else upper, j: None if lower == env.k else lower}
     return Tree(dict(enumerate(row[:size])), edges)
+
+
+def seh(weights, smiles: str) -> float:
+    """The sEH proxy of one molecule, an atom and a bond at a time, in float64 NumPy."""
+    from rdkit import Chem
+
+    def linear(x, name):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def leaky(x):
+        return np.where(x > 0, x, 0.01 * x)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    molecule = Chem.MolFromSmiles(smiles)
+    features = []
+    for atom in molecule.GetAtoms():
+        x = np.zeros(71)
+        x[{"H": 0, "C": 1, "N": 2, "O": 3, "F": 4}.get(atom.GetSymbol(), 5)] = 1
+        x[9] = atom.GetIsAromatic()
+        x[10:13] = [str(atom.GetHybridization()) == kind for kind in ("SP", "SP2", "SP3")]
+        x[13] = atom.GetTotalNumHs(includeNeighbors=True)
+        x[13 + atom.GetAtomicNum()] = 1
+        features.append(x)
+    bonds = []
+    for bond in molecule.GetBonds():
+        kind = np.zeros(4)
+        kind[{"SINGLE": 0, "DOUBLE": 1, "TRIPLE": 2, "AROMATIC": 3}[str(bond.GetBondType())]] = 1
+        bonds += [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), kind), (bond.GetEndAtomIdx(), bond.GetBeginAtomIdx(), kind)]
+    bonds = bonds or [(0, 0, np.zeros(4))]
+    hidden = [leaky(linear(x, "embed")) for x in features]
+    for _ in range(12):
+        new = []
+        for i, h in enumerate(hidden):
+            heard = []
+            for a, b, kind in bonds:
+                if b == i:
+                    matrix = linear(leaky(linear(kind, "edge.0")), "edge.2").reshape(64, 64)
+                    heard.append(hidden[a] @ matrix)
+            mean = sum(heard) / len(heard) if heard else np.zeros(64)
+            x = leaky(mean + weights["root"] @ h + weights["bias"])
+            r_x, z_x, n_x = np.split(weights["gru.weight_ih"] @ x + weights["gru.bias_ih"], 3)
+            r_h, z_h, n_h = np.split(weights["gru.weight_hh"] @ h + weights["gru.bias_hh"], 3)
+            r, z = sigmoid(r_x + r_h), sigmoid(z_x + z_h)
+            new.append((1 - z) * np.tanh(n_x + r * n_h) + z * h)
+        hidden = new
+    nodes, question, h, c = np.array(hidden), np.zeros(128), np.zeros(64), np.zeros(64)
+    for _ in range(3):
+        gates = weights["lstm.weight_ih"] @ question + weights["lstm.bias_ih"]
+        i, f, g, o = np.split(gates + weights["lstm.weight_hh"] @ h + weights["lstm.bias_hh"], 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        match = np.exp(nodes @ h - (nodes @ h).max())
+        question = np.concatenate([h, (match / match.sum()) @ nodes])
+    return float(linear(question, "out")[0])

@@ -263,5 +263,7 @@ def test_dead_ends_and_endless_walks_are_named() -> None:
         sample_forward(Endless(2, 4), lambda s, _: torch.tensor([[9.0, 9.0, -99.0]]).repeat(len(s), 1), 4)
     orphan = Grid(2, 4)
     orphan.backward_mask = lambda states: torch.zeros(len(states), 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="finite logits"):
+        sample_forward(Grid(2, 4), lambda s, _: torch.full((len(s), 3), torch.nan), 4)
     with pytest.raises(ValueError, match="a parent of every state"):
         sample_backward(orphan, torch.tensor([[1, 1]]))

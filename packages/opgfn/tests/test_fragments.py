@@ -24,7 +24,7 @@ def rollouts(env: FragmentEnv, n: int, seed: int = 0, scale: float = 1.0):
 
     def logits(states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         random = scale * torch.randn(len(states), env.num_actions, generator=generator)
-        random[:, env.stop] -= 3.0  # large molecules
+        random[:, env.stop] -= 4.0 * scale  # large molecules
         return random
 
     return sample_forward(env, logits, n, generator=generator)
@@ -116,13 +116,14 @@ def test_hash_is_the_isomorphism_class(tiny) -> None:
     rows = torch.stack(list(classes.values()))
     assert len(torch.unique(env.keys(rows))) == len(rows), "different classes have different hashes"
     # the same trees, rebuilt from the empty state along other orders, have other rows and the same hashes
+    rows = rows[::4]
     walk = sample_backward(env, rows, generator=torch.Generator().manual_seed(0))
     states = env.reset(len(rows))
     for t in range(walk.actions.shape[1]):
         going = (walk.lengths - 1) > t
         states[going] = env.step(states[going], renamed(env, walk, states, t)[going])[0]
     assert (env.keys(states) == env.keys(rows)).all()
-    assert (states != rows).any(1).sum() > 100
+    assert (states != rows).any(1).sum() > 25
 
 
 def renamed(env: FragmentEnv, walk, states: torch.Tensor, t: int) -> torch.Tensor:
@@ -155,7 +156,7 @@ def test_a_long_walk_takes_legal_actions_only() -> None:
         steps += len(rows)
         sizes = env.sizes(batch.terminals())
         assert sizes.max() <= 9 and (batch.lengths == 3 * sizes - 1).all()
-    assert steps > 100_000 and sizes.double().mean() > 6
+    assert steps > 100_000 and sizes.double().mean() > 4, (steps, sizes.double().mean())
 
 
 def test_backward_walks_end_at_nothing_and_come_back() -> None:

@@ -36,7 +36,8 @@ class TrainConfig:
     rates halve, None for constant ones. `updates`: gradient steps on each batch.
 
     For the baselines: R = mean(u)^beta (`beta`; PC-GFN (w . u)^beta), values below `floor` raised to it; an invalid
-    object has `invalid_log_reward`. `entropy`: REINFORCE's bonus. `log_z`: where log Z starts.
+    object has `invalid_log_reward`. `idempotent`: actions to isomorphic children count as one, and so do backward
+    actions to isomorphic parents. `entropy`: REINFORCE's bonus. `log_z`: where log Z starts.
     """
 
     objective: str = "op-tb"
@@ -59,6 +60,7 @@ class TrainConfig:
     invalid_log_reward: float = -75.0
     entropy: float = 0.01
     log_z: float = 0.0
+    idempotent: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -24,11 +24,13 @@ from isotone.opgfn import distributed
 from isotone.opgfn.conditional import Goal, LogZ, Preference
 from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs.base import Environment
+from isotone.opgfn.envs.fragments import FragmentEnv
 from isotone.opgfn.exact import StateGraph
 from isotone.opgfn.memo import Memo
 from isotone.opgfn.objective import Target, log_reward, training_loss
 from isotone.opgfn.pareto import nd_rank
 from isotone.opgfn.policies.base import Policy, PolicyOutput
+from isotone.opgfn.policies.graph import GraphPolicy
 from isotone.opgfn.policies.mlp import MLPPolicy
 from isotone.opgfn.replay import ReplayBuffer, ReplayConfig
 from isotone.opgfn.rollout import Trajectories, join, sample_backward, sample_forward
@@ -374,7 +376,7 @@ class GFlowNet:
         """log R-hat along given trajectories: log Z + sum log P_F - sum log P_B, or the flow into the sink."""
         condition = None if raw is None or self.conditioner is None else self.conditioner.encode(raw)
         evaluation = evaluate(self.env, self.policy, batch, condition, self.graph)
-        scores = evaluation.scores()
+        scores = evaluation.scores(idempotent=self.config.idempotent)
         start = self.log_z(condition).double()
         if self.config.needs_flow:
             start = scores.flows()[:, 0]
@@ -496,5 +498,7 @@ class GFlowNet:
 
 def default_policy(env: Environment, config: TrainConfig, condition_dim: int = 0) -> Policy:
     """A policy with the heads that the objective needs: a graph transformer for molecules, else an MLP."""
-    heads = {"flow": config.needs_flow, "inter": config.family.startswith("fl-"), "condition_dim": condition_dim}
+    heads: dict[str, Any] = {"flow": config.needs_flow, "inter": config.family.startswith("fl-"), "condition_dim": condition_dim}
+    if isinstance(env, FragmentEnv):
+        return GraphPolicy(env, backward=config.lambda_kl > 0, **heads)
     return MLPPolicy(env, backward=config.lambda_kl > 0, **heads)

@@ -95,7 +95,7 @@ def training_loss(
 ) -> Float[Tensor, ""]:
     """The loss that `config.objective` names. `baseline`: REINFORCE's running mean reward."""
     log_pf = evaluation.log_pf()
-    scores = evaluation.scores(log_pf)
+    scores = evaluation.scores(log_pf, config.idempotent)
     family, weight = config.family, config.order_weight
     if config.kind == "op":
         order = order_of(config, target, generator, shared)

@@ -82,9 +82,12 @@ def masked_probabilities(
 
 
 def cumulative(probabilities: Float[Tensor, "m actions"]) -> Float[Tensor, "m actions"]:
-    """The distribution function, exactly 1 from the last possible action on."""
+    """The distribution function, exactly 1 from the last possible action on. Raises `ValueError` on NaN."""
     sums = probabilities.cumsum(-1)
-    return sums / sums[..., -1:]
+    cdf = sums / sums[..., -1:]
+    if not bool((cdf[..., -1] == 1).all()):
+        raise ValueError("expected finite logits, got NaN or infinity from the policy")
+    return cdf
 
 
 def draw(cdf: Float[Tensor, "m actions"], uniform: Float[Tensor, " m"]) -> Int[Tensor, " m"]:

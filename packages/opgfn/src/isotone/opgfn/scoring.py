@@ -46,17 +46,30 @@ class Evaluation:
             return torch.where(self.backward_mask, uniform, -1e9)
         return torch.log_softmax(self.output.backward_logits.masked_fill(~self.backward_mask, -1e9), 1)
 
-    def scores(self, log_pf: Tensor | None = None) -> TrajectoryScores:
-        """What the losses take, in float64: sums over long trajectories cancel. `log_pf` as `self.log_pf()`."""
-        batch, mask = self.trajectories, self.trajectories.mask
-        forward = (self.log_pf() if log_pf is None else log_pf)[self.position, batch.actions]
-        between = mask[:, 1:]
+    def scores(self, log_pf: Tensor | None = None, idempotent: bool = False) -> TrajectoryScores:
+        """What the losses take, in float64: sums over long trajectories cancel. `log_pf` as `self.log_pf()`.
+
+        `idempotent`: the probability of an action is that of all actions to isomorphic children together, and a
+        backward action's that of all to isomorphic parents (section 2.6).
+        """
+        batch = self.trajectories
+        log_pf = self.log_pf() if log_pf is None else log_pf
+        if idempotent:
+            forward = _orbit_sum(log_pf, self.env.orbits(self.rows), self.position, batch.actions, batch.mask)
+            ends, undo = self.position[:, 1:], batch.backward_actions[:, :-1].clamp(min=0)
+            back = _orbit_sum(self.log_pb(), self.env.backward_orbits(self.rows), ends, undo, batch.mask[:, 1:])
+            return self._scores(forward, back)
+        forward = log_pf[self.position, batch.actions]
         if self.output.backward_logits is None:
             parents = self.backward_mask.sum(1).clamp(min=1).to(forward.dtype)
             back = -parents.log()[self.position[:, 1:]]
         else:
             back = self.log_pb()[self.position[:, 1:], batch.backward_actions[:, :-1].clamp(min=0)]
-        backward = torch.cat([torch.where(between, back, 0.0), forward.new_zeros(len(batch), 1)], 1)
+        return self._scores(forward, back)
+
+    def _scores(self, forward: Tensor, back: Tensor) -> TrajectoryScores:
+        batch, mask = self.trajectories, self.trajectories.mask
+        backward = torch.cat([torch.where(mask[:, 1:], back, 0.0), forward.new_zeros(len(batch), 1)], 1)
         flow = self.output.log_flow
         return TrajectoryScores(
             torch.where(mask, forward, 0.0).double(),
@@ -70,6 +83,14 @@ class Evaluation:
         if self.output.log_inter is None:
             raise ValueError("expected a policy with a forward-looking head for this loss, got one without")
         return self.output.log_inter[self.position].double()
+
+
+def _orbit_sum(log_p: Tensor, orbits: Tensor, position: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+    """log of the summed probability of the actions in the orbit of each taken one, zero where masked out."""
+    rows, taken = position[mask], actions[mask]
+    same = orbits[rows] == orbits[rows, taken][:, None]
+    summed = torch.logsumexp(log_p[rows].masked_fill(~same, -torch.inf), 1)
+    return summed.new_zeros(mask.shape).masked_scatter(mask, summed)
 
 
 def evaluate(

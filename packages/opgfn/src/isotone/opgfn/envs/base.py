@@ -102,6 +102,14 @@ class Environment(ABC):
             raise ValueError(f"expected a state space below 2**63 rows, got {place}")
         return (states * torch.tensor(places, device=states.device)).sum(1)
 
+    def orbits(self, states: Int[Tensor, "B width"]) -> Int[Tensor, "B actions"]:
+        """A number for each action, equal where two actions of a state lead to the same child up to isomorphism."""
+        return torch.arange(self.num_actions, device=states.device).expand(len(states), -1)
+
+    def backward_orbits(self, states: Int[Tensor, "B width"]) -> Int[Tensor, "B backward"]:
+        """The same for backward actions and parents."""
+        return torch.arange(self.num_backward_actions, device=states.device).expand(len(states), -1)
+
     def valid(self, states: Int[Tensor, "B width"]) -> Bool[Tensor, " B"]:
         """Whether a terminal object means anything (a molecule may not); invalid ones lose to every valid one."""
         return torch.ones(len(states), dtype=torch.bool, device=states.device)

@@ -207,6 +207,15 @@ class FragmentEnv(Environment):
         choose = _mix(ends[..., None] * 13 + stem).flatten(1)
         return torch.cat([add, choose, torch.zeros_like(add[:, :1])], 1)
 
+    def backward_orbits(self, states: Int[Tensor, "B width"]) -> Int[Tensor, "B backward"]:
+        """A number for each backward action, equal where two of a state lead to isomorphic parents."""
+        colour = self.colours(states)
+        _, parent, upper, lower = self.split(states)
+        above = colour.gather(1, parent.clamp(max=self.n - 1))[:, 1:]
+        own = colour[:, 1:]
+        ends = torch.stack([_mix(_mix(above * 17 + upper[:, 1:]) + own), _mix(_mix(own * 17 + lower[:, 1:]) + above)], 2)
+        return torch.cat([_mix(colour), ends.flatten(1)], 1)
+
     # --- molecules --------------------------------------------------------------------------------------------
 
     def decode(self, states: Int[Tensor, "B width"]) -> list[str | None]:
