@@ -188,6 +188,8 @@ class GFlowNet:
             keep()
 
     def _step(self, order_fn: Callable | None) -> float:
+        if self.replay_config.mode == "offline":
+            return self._offline_step()
         local = self.config.batch_size // (torch.distributed.get_world_size() if distributed.active() else 1)
         raw = None if self.conditioner is None else self.conditioner.sample(local, self.generator).to(self.device)
         output = self.policy(self.graph.states) if self.graph is not None and not self.config.ema else None
@@ -207,6 +209,31 @@ class GFlowNet:
             drawn = self._backward(self.buffer.prioritized(self.replay_config.augment_batch, self.generator))
             more = None if self.conditioner is None else self.conditioner.sample(len(drawn), self.generator)
             self._update(drawn, more, order_fn, None)
+        return loss
+
+    def observe(self, states: Int[Tensor, "n width"], objective_fn: Callable[[Any], Any] | None = None) -> Tensor:
+        """Evaluate objects, put them into the buffer and return their objectives (n, d): what offline replay trains
+        on, as in rounds of proposals and measurements."""
+        function = objective_fn or (self.memo.objective if self.memo else getattr(self.env, "objective", None))
+        if function is None:
+            raise ValueError("expected objective_fn: this environment has no objective of its own")
+        self.memo = self.memo or Memo(self.env, function)
+        u, valid = self.memo(states)
+        self.buffer.push(states, u, valid)
+        return u
+
+    def _offline_step(self) -> float:
+        if not len(self.buffer):
+            raise ValueError("expected observed objects to train on, got none: call observe first")
+        n, loss = self.config.batch_size, 0.0
+        for _ in range(self.config.updates):
+            batch = self._backward(self.buffer.uniform(n, self.generator))
+            raw = None if self.conditioner is None else self.conditioner.sample(n, self.generator).to(self.device)
+            loss = self._update(batch, raw, None, None)
+        for _ in range(self.replay_config.augment):
+            drawn = self._backward(self.buffer.prioritized(self.replay_config.augment_batch, self.generator))
+            raw = None if self.conditioner is None else self.conditioner.sample(len(drawn), self.generator)
+            self._update(drawn, raw, None, None)
         return loss
 
     def _select(self, fresh: Trajectories, raw: Tensor | None) -> tuple[Trajectories, Tensor | None]:

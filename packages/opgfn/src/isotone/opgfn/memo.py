@@ -83,6 +83,10 @@ class Memo:
             self._table = self._u[0], self._valid[0]
         return self._table
 
+    def has(self, key: bytes) -> bool:
+        """Whether the state of this row of bytes was evaluated."""
+        return key in self._row
+
     @property
     def reuse(self) -> float:
         """The share of lookups that asked for nothing new."""

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from isotone.opgfn.pareto import ParetoArchive
 
-MODES = ("off", "uniform", "prioritized")
+MODES = ("off", "uniform", "prioritized", "offline")
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
     """`mode`: "off"; "uniform", the whole batch is drawn again from the buffer once it holds `warmup` objects,
     `pareto_fraction` of it from the archive; "prioritized" (PRT), to each fresh batch come `offline` objects, half
-    from the best tenth of what was seen and half from `rest` ("all", or "below" the best tenth).
+    from the best tenth of what was seen and half from `rest` ("all", or "below" the best tenth); "offline", nothing is
+    sampled, batches are drawn from what `GFlowNet.observe` was given.
 
     `augment`: after each step so many more gradient steps, each on `augment_batch` prioritised objects (-AUG).
     `archive`: capacity of the Pareto archive, or of the top-k list of one objective.
