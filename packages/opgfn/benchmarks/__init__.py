@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone opgfn bench` runs. FILL"""
+"""Side by side with the peers: `isotone opgfn bench` runs it all (`src/isotone/opgfn/bench.py`)."""

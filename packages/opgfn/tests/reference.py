@@ -178,7 +178,10 @@ class Tree:
         name = dict(zip(self.nodes, order, strict=True))
         nodes = tuple(sorted((name[i], v) for i, v in self.nodes.items()))
         edges = tuple(
-            sorted(tuple(sorted((name[i], -1 if s is None else s) for i, s in ends.items())) for ends in self.edges.values())
+            sorted(
+                tuple(sorted((name[i], -1 if s is None else s) for i, s in ends.items()))
+                for ends in self.edges.values()
+            )
         )
         return nodes, edges
 
@@ -229,7 +232,10 @@ def seh(weights, smiles: str) -> float:
     for bond in molecule.GetBonds():
         kind = np.zeros(4)
         kind[{"SINGLE": 0, "DOUBLE": 1, "TRIPLE": 2, "AROMATIC": 3}[str(bond.GetBondType())]] = 1
-        bonds += [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), kind), (bond.GetEndAtomIdx(), bond.GetBeginAtomIdx(), kind)]
+        bonds += [
+            (bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), kind),
+            (bond.GetEndAtomIdx(), bond.GetBeginAtomIdx(), kind),
+        ]
     bonds = bonds or [(0, 0, np.zeros(4))]
     hidden = [leaky(linear(x, "embed")) for x in features]
     for _ in range(12):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from rdkit import Chem
+from rdkit.Chem import QED, Crippen, Descriptors
+from safetensors.torch import save_file
+
 from isotone.opgfn.chem.objectives import Objectives
 from isotone.opgfn.chem.pool import WorkerPool
 from isotone.opgfn.chem.seh import _PLACES, WEIGHTS, SEHProxy, featurize
 from isotone.shared.data import local
 from isotone.shared.errors import InputError
-from rdkit import Chem
-from rdkit.Chem import QED, Crippen, Descriptors
-from safetensors.torch import save_file
 
 SMILES = ["CCO", "c1ccccc1", "CC(=O)Nc1ccc(O)cc1", "C1CNCCN1", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "C#N"]
 

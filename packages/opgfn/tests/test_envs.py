@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from isotone.opgfn.envs import Bag, Grid, HyperGrid, MOOGrid, NasCell, StringEnv
 from isotone.opgfn.exact import StateGraph
 from isotone.opgfn.pareto import non_dominated_mask
@@ -141,9 +142,7 @@ def test_hypergrid_values() -> None:
     u = env.objective(states)[:, 0]
     x = states.numpy() / 31
     expected = [
-        0.1
-        + 0.5 * all(abs(a - 0.5) > 0.25 for a in row)
-        + 2.0 * all(0.3 < abs(a - 0.5) < 0.4 for a in row)
+        0.1 + 0.5 * all(abs(a - 0.5) > 0.25 for a in row) + 2.0 * all(0.3 < abs(a - 0.5) < 0.4 for a in row)
         for row in x
     ]
     assert np.allclose(u, expected)

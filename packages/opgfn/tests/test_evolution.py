@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
+
 from isotone.opgfn import evolution
 from isotone.opgfn.envs import FragmentEnv, NasCell
 from isotone.opgfn.gflownet import GFlowNet
 from isotone.opgfn.memo import Memo
 from isotone.opgfn.replay import ReplayConfig
-from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 
 ENV = FragmentEnv(max_fragments=4)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from isotone.opgfn import losses
 from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs import Grid, HyperGrid, StringEnv

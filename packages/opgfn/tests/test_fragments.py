@@ -7,13 +7,14 @@ from collections import defaultdict
 import pytest
 import reference
 import torch
+from rdkit import Chem
+
 from isotone.opgfn.chem import vocabulary
 from isotone.opgfn.chem.decode import assemble, smiles_of
 from isotone.opgfn.chem.vocabulary import Vocabulary
 from isotone.opgfn.envs import FragmentEnv
 from isotone.opgfn.rollout import sample_backward, sample_forward
 from isotone.shared.errors import InputError
-from rdkit import Chem
 
 # three fragments with one, two and three stems: every kind of tree, few enough to enumerate
 TINY = Vocabulary(("Br", "C=C", "C1=CCCCC1"), ((0,), (0, 1), (0, 2, 3)))

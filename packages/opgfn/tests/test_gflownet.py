@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from isotone.opgfn.config import OBJECTIVES, TrainConfig
 from isotone.opgfn.envs import Bag, Grid, HyperGrid, MOOGrid, StringEnv
 from isotone.opgfn.exact import StateGraph, mass_on

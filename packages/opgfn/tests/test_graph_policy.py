@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from isotone.opgfn.chem import vocabulary
 from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs import FragmentEnv

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import reference
 import torch
-from isotone.opgfn import metrics
-from isotone.opgfn.hypervolume import hypervolume
-from isotone.opgfn.pareto import ParetoArchive, dominance_matrix, nd_rank, non_dominated_mask
 from pymoo.indicators.gd_plus import GDPlus
 from pymoo.indicators.hv import HV
 from pymoo.indicators.igd_plus import IGDPlus
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from pymoo.util.ref_dirs import get_reference_directions
+
+from isotone.opgfn import metrics
+from isotone.opgfn.pareto import ParetoArchive, dominance_matrix, nd_rank, non_dominated_mask
+from isotone.opgfn.volume import hypervolume
 
 
 def front(n: int, d: int, seed: int, levels: int | None = None) -> np.ndarray:
@@ -127,7 +128,9 @@ def test_pc_entropy() -> None:
     true = front(9, 2, 0)
     assert metrics.pc_entropy(true, true) == pytest.approx(math.log(9))
     assert metrics.pc_entropy(true[[0] * 5], true) == 0.0
-    assert metrics.pc_entropy(true[[0, 0, 0, 1]], true) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert metrics.pc_entropy(true[[0, 0, 0, 1]], true) == pytest.approx(
+        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    )
     assert metrics.pc_entropy(front(500, 2, 1), true) <= math.log(9)
 
 

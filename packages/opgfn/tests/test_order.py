@@ -8,6 +8,7 @@ import warnings
 import pytest
 import reference
 import torch
+
 from isotone.opgfn import losses
 from isotone.opgfn.losses import FLSubTB, TrajectoryScores
 from isotone.opgfn.order import LABELS, order_preserving_loss, pair_targets, pareto_label
@@ -34,11 +35,14 @@ def test_increasing_maps_change_no_bit(mode: str, d: int) -> None:
     maps = [u, u**3, torch.exp(5 * u) - 40]
     ranked = torch.stack([torch.unique(column, return_inverse=True)[1] for column in u.T], 1).double()
     if mode in ("buffer", "rank"):
+
         def one(v: torch.Tensor) -> torch.Tensor:
             return order_preserving_loss(r[4:], v[4:], mode=mode, reference=v[:4])
     else:
+
         def one(v: torch.Tensor) -> torch.Tensor:
             return loss_of(mode, r, v)
+
     values = {one(v).item() for v in [*maps, ranked]}
     assert len(values) == 1
     assert one(u).item() != one(1 - u).item(), "the loss says nothing of the order"

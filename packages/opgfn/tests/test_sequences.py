@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from gymnasium.utils.env_checker import check_env
+
 from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs import DNA, BindingTable, FragmentEnv, Grid, MOOGrid, NGrams
 from isotone.opgfn.envs.gym import GymEnv

@@ -18,7 +18,9 @@ def check_objectives(u: Any, rows: int | None = None) -> None:
     finite = torch.isfinite(u) if isinstance(u, Tensor) else np.isfinite(u)
     if not bool(finite.all()):
         row, column = (int(i) for i in (~finite).nonzero()[0]) if isinstance(u, Tensor) else np.argwhere(~finite)[0]
-        raise ValueError(f"expected finite objectives, got {float(u[row, column])} for object {row}, objective {column}")
+        raise ValueError(
+            f"expected finite objectives, got {float(u[row, column])} for object {row}, objective {column}"
+        )
 
 
 def check_log_rewards(log_r: Tensor, objects: int) -> None:

@@ -40,7 +40,9 @@ def train(
     score: Annotated[
         str | None, Opt(help="FILE.py:FUNCTION of yours, from a list of objects to numbers (it is run: trust it)")
     ] = None,
-    loss: Annotated[str, Opt(help="op-tb, op-db, op-fm, op-subtb, op-fl-db, tb, pc-tb, gc-tb, reinforce, ...")] = "op-tb",
+    loss: Annotated[
+        str, Opt(help="op-tb, op-db, op-fm, op-subtb, op-fl-db, tb, pc-tb, gc-tb, reinforce, ...")
+    ] = "op-tb",
     label: Annotated[str | None, Opt(help="pairwise, all-pairs, pareto, buffer, rank, bce or pair-balanced")] = None,
     steps: Annotated[int, Opt(help="steps")] = 300,
     batch: Annotated[int | None, Opt(help="trajectories a step")] = None,
@@ -256,7 +258,11 @@ def load_model(folder: Path, where: str) -> tuple[GFlowNet, tasks.TaskSpec]:
         raise InputError(f"expected a model saved by `isotone opgfn train` in {str(folder)!r}, got {error}") from None
     spec = tasks.spec_from(document, str(folder))
     # sampling asks for no objective; those of molecules may need weights that are not here
-    shell = dataclasses.replace(spec, objectives=("qed", "sa")[: len(spec.objectives)]) if "seh" in spec.objectives else spec
+    shell = (
+        dataclasses.replace(spec, objectives=("qed", "sa")[: len(spec.objectives)])
+        if "seh" in spec.objectives
+        else spec
+    )
     task = tasks.make_task(shell)
     count = len(spec.objectives) or len(task.names)
     probe = {"pc": 16 * (count + (config.beta_low is not None)), "gc": 16 * count}.get(config.kind, 0)

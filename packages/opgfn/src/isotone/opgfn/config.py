@@ -16,7 +16,7 @@ OBJECTIVES = (
 
 
 def parse_objective(name: str) -> tuple[str, str]:
-    """"op-tb" to ("op", "tb"), "tb" to ("reward", "tb"), "reinforce" to itself twice. Raises `ValueError`."""
+    """ "op-tb" to ("op", "tb"), "tb" to ("reward", "tb"), "reinforce" to itself twice. Raises `ValueError`."""
     if name not in OBJECTIVES:
         raise ValueError(f"expected an objective of {', '.join(OBJECTIVES)}, got {name!r}")
     if name == "reinforce":
@@ -91,7 +91,7 @@ class TrainConfig:
 
     @property
     def kind(self) -> str:
-        """"op", "reward", "pc", "gc" or "reinforce"."""
+        """ "op", "reward", "pc", "gc" or "reinforce"."""
         return parse_objective(self.objective)[0]
 
     @property

@@ -19,9 +19,7 @@ from isotone.opgfn.rollout import sample_forward
 
 def random_objects(env: Environment, n: int, generator: torch.Generator) -> Int[Tensor, "n width"]:
     """Terminal objects of uniformly random legal actions."""
-    batch = sample_forward(
-        env, lambda states, _: torch.zeros(len(states), env.num_actions), n, generator=generator
-    )
+    batch = sample_forward(env, lambda states, _: torch.zeros(len(states), env.num_actions), n, generator=generator)
     return batch.terminals()
 
 
@@ -108,7 +106,13 @@ def crowding_distance(u: np.ndarray) -> np.ndarray:
 
 
 def fragment_ga(
-    env: FragmentEnv, memo: Memo, budget: int, generator: torch.Generator, *, population: int = 100, mutation: float = 0.5
+    env: FragmentEnv,
+    memo: Memo,
+    budget: int,
+    generator: torch.Generator,
+    *,
+    population: int = 100,
+    mutation: float = 0.5,
 ) -> None:
     """A genetic algorithm on trees of fragments until `budget` distinct molecules are evaluated.
 

@@ -313,7 +313,9 @@ class GFlowNet:
         known = known.clone()
         known[known.clone()] = valid
         if not bool((known.sum(1) > 1).any()):
-            raise ValueError("expected partial objects with objectives for a forward-looking loss, this environment has none")
+            raise ValueError(
+                "expected partial objects with objectives for a forward-looking loss, this environment has none"
+            )
         return values, known
 
     # --- sampling ------------------------------------------------------------------------------------------
@@ -333,9 +335,7 @@ class GFlowNet:
         if self.graph is not None:
             with torch.no_grad():
                 logits = (output or policy(self.graph.states)).logits.detach()
-            return self.graph.sample_forward(
-                logits, n, epsilon=epsilon, temperature=temperature, generator=generator
-            )
+            return self.graph.sample_forward(logits, n, epsilon=epsilon, temperature=temperature, generator=generator)
         condition = None if raw is None or self.conditioner is None else self.conditioner.encode(raw)
 
         def logits_of(states: Tensor, members: Tensor) -> Tensor:
@@ -502,7 +502,10 @@ class GFlowNet:
             for key, value in ours[part].items():
                 if saved.get(part, {}).get(key) != value:
                     was = saved.get(part, {}).get(key)
-                    raise InputError(f"expected to resume the run in {where!r} with its {key} {was}, got {value}; or start anew")
+                    raise InputError(
+                        f"expected to resume the run in {where!r} with its {key} {was}, got {value}; or start anew"
+                    )
+
         def under(prefix: str) -> dict[str, Any]:
             return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
@@ -525,7 +528,11 @@ class GFlowNet:
 
 def default_policy(env: Environment, config: TrainConfig, condition_dim: int = 0) -> Policy:
     """A policy with the heads that the objective needs: a graph transformer for molecules, else an MLP."""
-    heads: dict[str, Any] = {"flow": config.needs_flow, "inter": config.family.startswith("fl-"), "condition_dim": condition_dim}
+    heads: dict[str, Any] = {
+        "flow": config.needs_flow,
+        "inter": config.family.startswith("fl-"),
+        "condition_dim": condition_dim,
+    }
     if isinstance(env, FragmentEnv):
         return GraphPolicy(env, backward=config.lambda_kl > 0, **heads)
     return MLPPolicy(env, backward=config.lambda_kl > 0, **heads)

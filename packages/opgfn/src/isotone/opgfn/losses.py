@@ -20,8 +20,19 @@ from torch import Tensor
 from isotone.opgfn.order import order_preserving_loss, random_pairs
 
 __all__ = [
-    *("FLSubTB", "TrajectoryScores", "backward_kl", "db_loss", "fm_loss", "log_reward_tb", "op_db_loss"),
-    *("op_fm_loss", "op_subtb_loss", "op_tb_loss", "order_preserving_loss", "subtb_loss", "tb_loss"),
+    "FLSubTB",
+    "TrajectoryScores",
+    "backward_kl",
+    "db_loss",
+    "fm_loss",
+    "log_reward_tb",
+    "op_db_loss",
+    "op_fm_loss",
+    "op_subtb_loss",
+    "op_tb_loss",
+    "order_preserving_loss",
+    "subtb_loss",
+    "tb_loss",
 ]
 
 Order = Callable[[Tensor, Tensor], Tensor]
@@ -277,9 +288,7 @@ class FLSubTB:
 # --- the backward policy ------------------------------------------------------------------------------------
 
 
-def backward_kl(
-    log_pb: Float[Tensor, "states actions"], legal: Bool[Tensor, "states actions"]
-) -> Float[Tensor, ""]:
+def backward_kl(log_pb: Float[Tensor, "states actions"], legal: Bool[Tensor, "states actions"]) -> Float[Tensor, ""]:
     """E_s KL(uniform over the parents of s || P_B(. | s)); log P_B is clamped at -50, where it is illegal unused."""
     count = legal.sum(1)
     interior = count > 0

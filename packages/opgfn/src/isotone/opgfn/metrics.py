@@ -12,11 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from isotone.opgfn.checks import check_objectives
-from isotone.opgfn.hypervolume import hypervolume
+from isotone.opgfn.volume import hypervolume
 
 __all__ = [
-    *("avg_hausdorff", "extreme_faces", "gd_plus", "hypervolume", "igd_plus", "modes_found", "pc_entropy", "r2"),
-    *("simplex_lattice", "tanimoto_diversity", "top_k_mean"),
+    "avg_hausdorff",
+    "extreme_faces",
+    "gd_plus",
+    "hypervolume",
+    "igd_plus",
+    "modes_found",
+    "pc_entropy",
+    "r2",
+    "simplex_lattice",
+    "tanimoto_diversity",
+    "top_k_mean",
 ]
 
 

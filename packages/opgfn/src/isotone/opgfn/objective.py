@@ -59,9 +59,15 @@ def order_of(
         source, reference = generator, target.reference
         if distributed.active():
             if better is not None or len(members) != len(target.valid):
-                raise ValueError("expected objectives and a loss over whole batches (op-tb, op-db, op-fm) on several ranks")
+                raise ValueError(
+                    "expected objectives and a loss over whole batches (op-tb, op-db, op-fm) on several ranks"
+                )
             assert u is not None
-            log_r, u, valid = distributed.gather_log_rewards(log_r), distributed.gather_rows(u), distributed.gather_rows(valid)
+            log_r, u, valid = (
+                distributed.gather_log_rewards(log_r),
+                distributed.gather_rows(u),
+                distributed.gather_rows(valid),
+            )
             source, reference = shared, None
         pairs = random_pairs(len(log_r), source, log_r.device) if mode == "pairwise" else None
         return order_preserving_loss(

@@ -47,7 +47,9 @@ def order_preserving_loss(
     if mode not in LABELS:
         raise ValueError(f"expected mode to be one of {', '.join(LABELS)}, got {mode!r}")
     if (u is None) == (better is None):
-        raise ValueError("expected either objectives u or the matrix better, got " + ("both" if better is not None else "none"))
+        raise ValueError(
+            "expected either objectives u or the matrix better, got " + ("both" if better is not None else "none")
+        )
     check_same_device(log_r=log_r, u=u, better=better, reference=reference, valid=valid)
     if u is not None:
         u = u[:, None] if u.ndim == 1 else u
@@ -164,7 +166,9 @@ def _pair_loss(
         if pairs.ndim != 2 or pairs.shape[0] != 2 or pairs.shape[1] == 0:
             raise ValueError(f"expected pairs of shape (2, pairs), got {tuple(pairs.shape)}")
         if int(pairs.min()) < 0 or int(pairs.max()) >= n:
-            raise ValueError(f"expected pairs of indices from 0 to {n - 1}, got {int(pairs.min())} to {int(pairs.max())}")
+            raise ValueError(
+                f"expected pairs of indices from 0 to {n - 1}, got {int(pairs.min())} to {int(pairs.max())}"
+            )
     elif mode == "pairwise":
         pairs = random_pairs(n, generator, log_r.device)
     else:
@@ -194,5 +198,7 @@ def _with_invalid(better: Tensor, valid: Tensor | None) -> Tensor:
 
 def _needs_values(u: Tensor | None, mode: str) -> Tensor:
     if u is None:
-        raise ValueError(f"expected objectives for mode {mode!r}, got comparisons: use pairwise, all-pairs, pareto or bce")
+        raise ValueError(
+            f"expected objectives for mode {mode!r}, got comparisons: use pairwise, all-pairs, pareto or bce"
+        )
     return u

@@ -19,7 +19,13 @@ def front_figure(
     if reference is not None and len(reference):
         order = np.argsort(reference[:, 0])
         axes.plot(
-            *reference[order, :2].T, color="#bbbbbb", marker="s", markersize=5, linewidth=1, label="true front", zorder=1
+            *reference[order, :2].T,
+            color="#bbbbbb",
+            marker="s",
+            markersize=5,
+            linewidth=1,
+            label="true front",
+            zorder=1,
         )
     for name, points in fronts.items():
         if len(points):
@@ -50,9 +56,7 @@ def mass_figure(states: np.ndarray, mass: Mapping[str, np.ndarray], marked: np.n
     return drawing
 
 
-def curve_figure(
-    curves: Mapping[str, tuple[Sequence[float], np.ndarray]], title: str, xlabel: str, ylabel: str
-) -> Any:
+def curve_figure(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], title: str, xlabel: str, ylabel: str) -> Any:
     """Mean over seeds of each arm, with its standard error: (x, values of shape (seeds, x))."""
     drawing, axes = figure(title, xlabel, ylabel)
     styles = ["-", "--", "-.", ":"]

@@ -89,7 +89,8 @@ CLAIMS = {
                f"{PAPER}, fragment tables: comparable or better", "volume", 0.0),
         _claim("fragments-genetic", "Fragments: hypervolume at equal unique calls, OP-TB minus the genetic algorithm",
                "whoever wins is reported", "volume", None),
-        _claim("fragments-diversity", "Fragments: Tanimoto diversity of OP-TB's front", "reported", "1 - similarity", None),
+        _claim("fragments-diversity", "Fragments: Tanimoto diversity of OP-TB's front",
+               "reported", "1 - similarity", None),
         _claim("fragments-diversity-genetic", "Fragments: Tanimoto diversity of the genetic algorithm's front",
                "reported", "1 - similarity", None),
     )
@@ -118,9 +119,7 @@ class Scale:
 
 def _pairs(**options: Any) -> tuple[MoleculeSetting, ...]:
     names = ("seh", "qed", "sa", "mw")
-    return tuple(
-        MoleculeSetting(objectives=(a, b), **options) for i, a in enumerate(names) for b in names[i + 1 :]
-    )
+    return tuple(MoleculeSetting(objectives=(a, b), **options) for i, a in enumerate(names) for b in names[i + 1 :])
 
 
 _FULL = {"max_fragments": 9, "lr": 1e-4, "channels": 128, "layers": 4, "workers": 15, "warmup": 1000}

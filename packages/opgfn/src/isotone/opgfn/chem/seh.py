@@ -55,7 +55,9 @@ class SEHProxy(nn.Module):
 
         found = Path(path) if path is not None else local(WEIGHTS)
         if found is None or not found.is_file():
-            where = f"at {str(path)!r}" if path is not None else f"as {WEIGHTS} in the folder that ISOTONE_DATA_DIR names"
+            where = (
+                f"at {str(path)!r}" if path is not None else f"as {WEIGHTS} in the folder that ISOTONE_DATA_DIR names"
+            )
             raise InputError(f"expected the weights of the sEH proxy {where}, found none")
         proxy = cls()
         try:
@@ -64,7 +66,9 @@ class SEHProxy(nn.Module):
             proxy.load_state_dict(state)
         except (SafetensorError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
-            raise InputError(f"expected the weights of the sEH proxy in {str(found)!r}, got another file: {said}") from None
+            raise InputError(
+                f"expected the weights of the sEH proxy in {str(found)!r}, got another file: {said}"
+            ) from None
         return proxy.eval()
 
     @torch.no_grad()

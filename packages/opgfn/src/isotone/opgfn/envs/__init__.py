@@ -1,4 +1,7 @@
-"""The environments: batched, with exact masks both ways; a state is a row of integers. `envs.gym` wraps one for gymnasium."""
+"""The environments: batched, with exact masks both ways; a state is a row of integers.
+
+`envs.gym` wraps any of them for gymnasium, where that is installed.
+"""
 
 from isotone.opgfn.envs.base import Environment
 from isotone.opgfn.envs.counts import Bag, NasCell
@@ -8,6 +11,15 @@ from isotone.opgfn.envs.sequences import DNA, BindingTable, NGrams
 from isotone.opgfn.envs.strings import StringEnv
 
 __all__ = [
-    *("Bag", "BindingTable", "DNA", "Environment", "FragmentEnv", "Grid", "HyperGrid", "MOOGrid", "NGrams"),
-    *("NasCell", "StringEnv"),
+    "DNA",
+    "Bag",
+    "BindingTable",
+    "Environment",
+    "FragmentEnv",
+    "Grid",
+    "HyperGrid",
+    "MOOGrid",
+    "NGrams",
+    "NasCell",
+    "StringEnv",
 ]

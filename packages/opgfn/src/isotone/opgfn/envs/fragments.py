@@ -202,7 +202,9 @@ class FragmentEnv(Environment):
         above = colour.gather(1, parent.clamp(max=n - 1))[:, 1:]
         own = colour[:, 1:]
         # the end where a stem is chosen, the other end, and what is chosen at either
-        ends = torch.stack([_mix(_mix(above * 11 + lower[:, 1:]) + own), _mix(_mix(own * 11 + upper[:, 1:]) + above)], 2)
+        ends = torch.stack(
+            [_mix(_mix(above * 11 + lower[:, 1:]) + own), _mix(_mix(own * 11 + upper[:, 1:]) + above)], 2
+        )
         stem = torch.arange(k, device=states.device)
         choose = _mix(ends[..., None] * 13 + stem).flatten(1)
         return torch.cat([add, choose, torch.zeros_like(add[:, :1])], 1)
@@ -213,7 +215,9 @@ class FragmentEnv(Environment):
         _, parent, upper, lower = self.split(states)
         above = colour.gather(1, parent.clamp(max=self.n - 1))[:, 1:]
         own = colour[:, 1:]
-        ends = torch.stack([_mix(_mix(above * 17 + upper[:, 1:]) + own), _mix(_mix(own * 17 + lower[:, 1:]) + above)], 2)
+        ends = torch.stack(
+            [_mix(_mix(above * 17 + upper[:, 1:]) + own), _mix(_mix(own * 17 + lower[:, 1:]) + above)], 2
+        )
         return torch.cat([_mix(colour), ends.flatten(1)], 1)
 
     # --- molecules --------------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ class MOOGrid(Grid):
         super().__init__(2, side, boundary_stop=boundary_stop)
         unknown = [name for name in objectives if name not in OBJECTIVES]
         if unknown or not objectives:
-            raise ValueError(f"expected objectives of {', '.join(OBJECTIVES)}, got {unknown[0] if unknown else 'none'!r}")
+            raise ValueError(
+                f"expected objectives of {', '.join(OBJECTIVES)}, got {unknown[0] if unknown else 'none'!r}"
+            )
         self.objectives = tuple(objectives)
 
     def objective(self, states: Int[Tensor, "B width"]) -> Float[Tensor, "B d"]:

@@ -61,7 +61,9 @@ class DNA(StringEnv):
         super().__init__("ACGT", length, grow="right", min_length=min_length)
         unknown = [name for name in objectives if name not in DNA_OBJECTIVES]
         if unknown or not objectives:
-            raise ValueError(f"expected objectives of {', '.join(DNA_OBJECTIVES)}, got {', '.join(objectives) or 'none'}")
+            raise ValueError(
+                f"expected objectives of {', '.join(DNA_OBJECTIVES)}, got {', '.join(objectives) or 'none'}"
+            )
         if loop < 0:
             raise ValueError(f"expected a loop of at least 0, got {loop}")
         self.objectives, self.loop = tuple(objectives), loop

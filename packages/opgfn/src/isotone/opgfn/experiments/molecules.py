@@ -71,9 +71,7 @@ def molecule_arm(
     return summary(u, valid, texts, sampled, scorer, memo)
 
 
-def _gflownet(
-    env: FragmentEnv, setting: MoleculeSetting, arm: str, beta: float, seed: int, device: str
-) -> GFlowNet:
+def _gflownet(env: FragmentEnv, setting: MoleculeSetting, arm: str, beta: float, seed: int, device: str) -> GFlowNet:
     config = TrainConfig(
         objective=arm,
         beta=beta,
@@ -88,9 +86,7 @@ def _gflownet(
     condition = {"pc": Preference(count, beta).dim, "gc": Goal(count, beta).dim}.get(config.kind, 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = GraphPolicy(
-            env, setting.channels, setting.layers, condition_dim=condition, autocast=device == "cuda"
-        )
+        policy = GraphPolicy(env, setting.channels, setting.layers, condition_dim=condition, autocast=device == "cuda")
     replay = ReplayConfig("uniform", warmup=setting.warmup)
     return GFlowNet(env, policy, config=config, replay=replay, objectives=count, device=device)
 

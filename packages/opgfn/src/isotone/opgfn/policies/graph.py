@@ -81,9 +81,7 @@ class GraphPolicy(Policy):
         self.remove = nn.Linear(channels, 1) if backward else None
         self.unset = nn.Linear(channels, 1) if backward else None
 
-    def forward(
-        self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None
-    ) -> PolicyOutput:
+    def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
         env = self.env
         fragment, parent, upper, lower = env.split(states)

@@ -46,9 +46,7 @@ class MLPPolicy(Policy):
         with torch.no_grad():
             self.heads.weight *= head_scale
 
-    def forward(
-        self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None
-    ) -> PolicyOutput:
+    def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
         tokens = self.env.num_tokens
         rows = self.first.weight[:, :tokens].T
@@ -82,9 +80,7 @@ class SetPolicy(MLPPolicy):
         width = 2 * env.width + self.condition_dim
         self.first = nn.Linear(width, hidden[0])
 
-    def forward(
-        self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None
-    ) -> PolicyOutput:
+    def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
         largest = torch.tensor(self.env.cardinalities, device=states.device) - 1
         parts = [states / largest, (states > 0).to(self.first.weight.dtype)]

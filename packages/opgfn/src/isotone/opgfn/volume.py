@@ -39,7 +39,9 @@ def hypervolume(
         return 0.0
     d = points.shape[1]
     if d > EXACT_OBJECTIVES and not approx:
-        raise ValueError(f"expected at most {EXACT_OBJECTIVES} objectives for an exact hypervolume, got {d}: use approx=True")
+        raise ValueError(
+            f"expected at most {EXACT_OBJECTIVES} objectives for an exact hypervolume, got {d}: use approx=True"
+        )
     if d > EXACT_OBJECTIVES:
         return _monte_carlo(_front(points), samples, seed)
     if d == 1:
