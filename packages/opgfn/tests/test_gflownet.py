@@ -280,6 +280,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(objective: str, tmp_path) -
     other = dataclasses.replace(config, lr=0.5)
     with pytest.raises(InputError, match="lr 0.001, got 0.5"):
         GFlowNet(env, config=other, replay=replay).fit(steps=14, folder=tmp_path)
+    elsewhere = MOOGrid(("branin", "beale"), side=6)
+    with pytest.raises(InputError, match="branin.*beale"):
+        GFlowNet(elsewhere, config=config, replay=replay).fit(steps=14, folder=tmp_path)
     fresh = GFlowNet(env, config=other, replay=replay).fit(steps=2, folder=tmp_path, resume=False)
     assert len(fresh.history) == 2
 

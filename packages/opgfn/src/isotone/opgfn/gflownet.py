@@ -35,6 +35,7 @@ from isotone.opgfn.policies.mlp import MLPPolicy
 from isotone.opgfn.replay import ReplayBuffer, ReplayConfig
 from isotone.opgfn.rollout import Trajectories, join, sample_backward, sample_forward
 from isotone.opgfn.scoring import evaluate
+from isotone.opgfn.snapshot import load_weights, restore, snapshot, weights
 from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError
 
@@ -164,13 +165,13 @@ class GFlowNet:
             if not resume:
                 store.clear()
             elif (saved := load_latest(folder, "torch")) is not None:
-                self._restore(saved.arrays, saved.state, str(folder))
+                restore(self, saved.arrays, saved.state, str(folder))
             last = self.step
 
             def keep() -> None:
                 nonlocal last
                 if self.step > last and (self.step % checkpoint_every == 0 or self.step == steps):
-                    store.save(self.step, *self._snapshot())
+                    store.save(self.step, *snapshot(self))
                     last = self.step
 
             self._loop(steps, order_fn, callbacks, keep)
@@ -433,7 +434,7 @@ class GFlowNet:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self._weights().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in weights(self).items()}
         save_file(tensors, folder / "model.safetensors")
         document = {**self.get_params(), "steps": self.step, "meta": meta or {}}
         (folder / "config.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -457,73 +458,8 @@ class GFlowNet:
             raise InputError(f"expected a saved GFlowNet in {str(folder)!r}, got {error}") from None
         found = cls(env, policy, config=config, replay=replay, **options)
         found.step = document.get("steps", 0)
-        found._load_weights(tensors, str(folder))
+        load_weights(found, tensors, str(folder))
         return found
-
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {f"policy.{name}": tensor for name, tensor in self.policy.state_dict().items()}
-        weights |= {f"log_z.{name}": tensor for name, tensor in self.log_z.state_dict().items()}
-        return {name: tensor.detach().cpu() for name, tensor in weights.items()}
-
-    def _load_weights(self, tensors: dict[str, Tensor], where: str) -> None:
-        for prefix, module in (("policy.", self.policy), ("log_z.", self.log_z)):
-            part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            try:
-                module.load_state_dict(part)
-            except RuntimeError as error:
-                said = " ".join(str(error).split())
-                raise InputError(f"expected weights of this environment and policy in {where!r}: {said}") from None
-        if self.config.ema:
-            self.sampling_policy.load_state_dict(self.policy.state_dict())
-
-    def _identity(self) -> dict[str, Any]:
-        env = {"type": type(self.env).__name__, "cardinalities": list(self.env.cardinalities)}
-        return json.loads(json.dumps({**self.get_params(), "env": env}))
-
-    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        arrays: dict[str, Any] = dict(self._weights())
-        if self.config.ema:
-            arrays |= {f"ema.{name}": tensor for name, tensor in self.sampling_policy.state_dict().items()}
-        for number, values in self.optimizer.state_dict()["state"].items():
-            arrays |= {f"optimizer.{number}.{key}": value for key, value in values.items()}
-        arrays["generator"] = self.generator.get_state()
-        arrays["shared_generator"] = self.shared_generator.get_state()
-        state: dict[str, Any] = {"identity": self._identity(), "history": self.history, "baseline": self._baseline}
-        more, state["buffer"] = self.buffer.state()
-        arrays |= {f"buffer.{name}": array for name, array in more.items()}
-        if self.memo is not None:
-            more, state["memo"] = self.memo.state()
-            arrays |= {f"memo.{name}": array for name, array in more.items()}
-        return arrays, state
-
-    def _restore(self, arrays: dict[str, Any], state: dict[str, Any], where: str) -> None:
-        saved, ours = state["identity"], self._identity()
-        for part in ours:
-            for key, value in ours[part].items():
-                if saved.get(part, {}).get(key) != value:
-                    was = saved.get(part, {}).get(key)
-                    raise InputError(
-                        f"expected to resume the run in {where!r} with its {key} {was}, got {value}; or start anew"
-                    )
-
-        def under(prefix: str) -> dict[str, Any]:
-            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-        self._load_weights(arrays, where)
-        if self.config.ema:
-            self.sampling_policy.load_state_dict(under("ema."))
-        document = self.optimizer.state_dict()
-        for name, value in under("optimizer.").items():
-            number, key = name.split(".", 1)
-            document["state"].setdefault(int(number), {})[key] = value
-        self.optimizer.load_state_dict(document)
-        self.generator.set_state(arrays["generator"])
-        self.shared_generator.set_state(arrays["shared_generator"])
-        self.history, self._baseline = list(state["history"]), state["baseline"]
-        self.step = len(self.history)
-        self.buffer.restore(under("buffer."), state["buffer"])
-        if self.memo is not None and "memo" in state:
-            self.memo.restore(under("memo."), state["memo"])
 
 
 def default_policy(env: Environment, config: TrainConfig, condition_dim: int = 0) -> Policy:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from isotone.opgfn.envs.fragments import FragmentEnv
 from isotone.opgfn.policies.base import Policy, PolicyOutput
 
+_GROUPED_ROWS = 128
+
 
 class _Block(nn.Module):
     """Pre-norm attention over all nodes, biased by adjacency, and messages along edges that know their stems."""
@@ -66,6 +68,7 @@ class GraphPolicy(Policy):
         if channels < 1 or layers < 1 or heads < 1 or channels % heads:
             raise ValueError(f"expected channels divisible by heads and a layer, got {channels}, {heads}, {layers}")
         self.env, self.condition_dim, self.autocast = env, condition_dim, autocast
+        self._span = max(1, -(-env.n // 3))
         self.fragment = nn.Embedding(env.v + 1, channels)
         self.used = nn.Linear(env.k, channels, bias=False)
         self.size = nn.Embedding(env.n + 1, channels)
@@ -83,6 +86,17 @@ class GraphPolicy(Policy):
 
     def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
+        # small trees are not computed at the width of the largest: an update has as many of every size
+        group = (self.env.sizes(states) + self._span - 1).div(self._span, rounding_mode="floor").clamp(min=1)
+        found = torch.unique(group)
+        if len(states) < _GROUPED_ROWS or len(found) == 1:
+            return self._output(states, condition)
+        members = [(group == number).nonzero().squeeze(1) for number in found]
+        parts = [self._output(states[rows], None if condition is None else condition[rows]) for rows in members]
+        back = torch.argsort(torch.cat(members))
+        return PolicyOutput(*(None if part[0] is None else torch.cat(part)[back] for part in zip(*parts, strict=True)))
+
+    def _output(self, states: Tensor, condition: Tensor | None) -> PolicyOutput:
         env = self.env
         fragment, parent, upper, lower = env.split(states)
         size = (fragment < env.v).sum(1)
