@@ -51,8 +51,8 @@ def test_children_are_whole_and_legal() -> None:
     states = evolution.random_objects(ENV, 60, generator)
     back = evolution.mutated(ENV, states, generator)
     assert (back != states).any(1).sum() > 20 and (ENV.sizes(back) >= 1).all()
-    joined = torch.stack([evolution.grafted(ENV, a, b, generator) for a, b in zip(states, states.flip(0), strict=True)])
-    assert (ENV.sizes(joined) > ENV.sizes(states)).sum() > 10
+    joined = torch.stack([evolution.grafted(ENV, a, b, generator) for a, b in zip(back, states.flip(0), strict=True)])
+    assert (ENV.sizes(joined) > ENV.sizes(back)).sum() > 10
     whole = evolution.completed(ENV, torch.cat([back, joined]), generator)
     assert ENV.forward_mask(whole)[:, ENV.stop].all()
     assert (ENV.sizes(whole) <= 4).all()

@@ -116,8 +116,8 @@ def fragment_ga(
 ) -> None:
     """A genetic algorithm on trees of fragments until `budget` distinct molecules are evaluated.
 
-    A child is a crossover (a branch of one parent grafted onto another) or a mutation (some steps back from a parent
-    along random backward actions, then random actions to a whole molecule).
+    A child goes some random steps back from one parent; a crossover then grafts a branch of another onto what is left;
+    random actions complete the molecule.
     """
     members = random_objects(env, population, generator)
     u, valid = memo(within(memo, members, budget))
@@ -131,8 +131,7 @@ def fragment_ga(
         pairs = torch.randint(len(members), (2, n, 2), generator=generator)
         parents = torch.where(rank[pairs[..., 0]] <= rank[pairs[..., 1]], pairs[..., 0], pairs[..., 1])
         mutate = torch.rand(n, generator=generator) < mutation
-        children = members[parents[0]].clone()
-        children[mutate] = mutated(env, children[mutate], generator)
+        children = mutated(env, members[parents[0]], generator)
         for i in (~mutate).nonzero().squeeze(1).tolist():
             children[i] = grafted(env, children[i], members[parents[1, i]], generator)
         children = completed(env, children, generator)
