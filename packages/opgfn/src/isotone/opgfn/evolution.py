@@ -119,9 +119,8 @@ def fragment_ga(
     A child goes some random steps back from one parent; a crossover then grafts a branch of another onto what is left;
     random actions complete the molecule.
     """
-    members = random_objects(env, population, generator)
-    u, valid = memo(within(memo, members, budget))
-    members = members[: len(u)]
+    members = within(memo, random_objects(env, population, generator), budget)
+    u, valid = memo(members)
     idle = 0
     while memo.evaluations < budget and idle < 50:
         n = population

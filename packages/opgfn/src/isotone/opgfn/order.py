@@ -22,20 +22,21 @@ _BALANCED_PAIRS = 64
 
 
 def order_preserving_loss(
-    log_r: Float[Tensor, " batch"],
-    u: Float[Tensor, "batch d"] | Float[Tensor, " batch"] | None = None,
+    log_r: Float[Tensor, " *batch"],
+    u: Float[Tensor, "..."] | None = None,
     *,
     mode: str = "pairwise",
-    better: Bool[Tensor, "batch batch"] | None = None,
-    pairs: Int[Tensor, "2 pairs"] | None = None,
+    better: Bool[Tensor, "..."] | None = None,
+    pairs: Int[Tensor, "..."] | None = None,
     reference: Float[Tensor, "m d"] | None = None,
     valid: Bool[Tensor, " batch"] | None = None,
     tie_tol: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
-    """L_OP of predicted log-rewards `log_r` against the order of `u` (maximised), or against `better`.
+    """L_OP of predicted log-rewards `log_r` (batch,) against the order of `u` (batch, d) or (batch,), maximised, or
+    against `better` (batch, batch).
 
-    `mode`: "pairwise" (one random partner each, or `pairs`), "all-pairs", "pareto" (the batch's non-dominated
+    `mode`: "pairwise" (one random partner each, or `pairs` (2, m)), "all-pairs", "pareto" (the batch's non-dominated
     members), "buffer" (those that nothing in `reference` dominates either), "rank" (softmax over the ranks of
     non-dominated sorting of batch and `reference`), "bce" (each object's own logistic loss), "pair-balanced"
     (64 random unequal and 64 random equal pairs). `better[i, j]` says that object i is preferred to j, where
