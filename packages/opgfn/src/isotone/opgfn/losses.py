@@ -44,7 +44,7 @@ class TrajectoryScores:
     """What the model says along B trajectories: log P_F and log P_B of each action, log F of the state it leaves."""
 
     log_pf: Float[Tensor, "B T"]
-    log_pb: Float[Tensor, "..."]
+    log_pb: Float[Tensor, "*_"]
     lengths: Int[Tensor, " B"]
     log_flow: Float[Tensor, "B T"] | None = None
 
@@ -131,7 +131,7 @@ def _flow_residuals(log_in: Tensor, log_out: Tensor) -> Tensor:
 
 def fm_loss(
     log_in: Float[Tensor, " states"],
-    log_out: Float[Tensor, "..."],
+    log_out: Float[Tensor, "*_"],
     terminal: Float[Tensor, " B"],
     log_reward: Float[Tensor, " B"],
 ) -> Float[Tensor, ""]:
@@ -145,7 +145,7 @@ def fm_loss(
 
 def op_fm_loss(
     log_in: Float[Tensor, " states"],
-    log_out: Float[Tensor, "..."],
+    log_out: Float[Tensor, "*_"],
     terminal: Float[Tensor, " B"],
     order: Order,
     lambda_op: float = 0.1,

@@ -22,12 +22,12 @@ _BALANCED_PAIRS = 64
 
 
 def order_preserving_loss(
-    log_r: Float[Tensor, " *batch"],
-    u: Float[Tensor, "..."] | None = None,
+    log_r: Float[Tensor, "*_"],
+    u: Float[Tensor, "*_"] | None = None,
     *,
     mode: str = "pairwise",
-    better: Bool[Tensor, "..."] | None = None,
-    pairs: Int[Tensor, "..."] | None = None,
+    better: Bool[Tensor, "*_"] | None = None,
+    pairs: Int[Tensor, "*_"] | None = None,
     reference: Float[Tensor, "m d"] | None = None,
     valid: Bool[Tensor, " batch"] | None = None,
     tie_tol: float = 0.0,

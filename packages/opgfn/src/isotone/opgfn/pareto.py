@@ -21,7 +21,7 @@ def dominance_matrix(u: Float[Tensor, "n d"]) -> Bool[Tensor, "n n"]:
     return _dominates(u, u)
 
 
-def non_dominated_mask(u: Float[Tensor, "..."], valid: Bool[Tensor, " n"] | None = None) -> Bool[Tensor, " n"]:
+def non_dominated_mask(u: Float[Tensor, "*_"], valid: Bool[Tensor, " n"] | None = None) -> Bool[Tensor, " n"]:
     """Which of n objects no other dominates (q_i of section 2.2 b); equal vectors do not dominate each other.
 
     `valid`: objects that are flagged invalid are dominated by every valid one; where none is valid, none is
