@@ -298,7 +298,7 @@ class GFlowNet:
         condition = None
         if self.conditioner is not None and raw is not None:
             raw = self.conditioner.relabel(raw.to(u), u, self.generator)
-            condition = self.conditioner.encode(raw)
+            condition = self._encoded(raw)
         known = self.buffer.reference()
         reference = None if known is None else torch.from_numpy(known).to(u)
         partial = self._partial(batch, u) if self.config.family.startswith("fl-") else None
@@ -337,13 +337,17 @@ class GFlowNet:
             with torch.no_grad():
                 logits = (output or policy(self.graph.states)).logits.detach()
             return self.graph.sample_forward(logits, n, epsilon=epsilon, temperature=temperature, generator=generator)
-        condition = None if raw is None or self.conditioner is None else self.conditioner.encode(raw)
+        condition = self._encoded(raw)
 
         def logits_of(states: Tensor, members: Tensor) -> Tensor:
             return (policy(states) if condition is None else policy(states, condition[members])).logits
 
         options: dict[str, Any] = {"epsilon": epsilon, "temperature": temperature, "generator": generator}
         return sample_forward(self.env, logits_of, n, device=self.device, **options)
+
+    def _encoded(self, raw: Tensor | None) -> Tensor | None:
+        """Preferences or goals as the network is given them."""
+        return None if raw is None or self.conditioner is None else self.conditioner.encode(raw).to(self.device)
 
     def _backward(self, states: Tensor) -> Trajectories:
         """Trajectories into given objects from the policy's own P_B, learned or uniform."""
@@ -402,7 +406,7 @@ class GFlowNet:
     @torch.no_grad()
     def learned_log_reward(self, batch: Trajectories, raw: Tensor | None = None) -> Float[Tensor, " B"]:
         """log R-hat along given trajectories: log Z + sum log P_F - sum log P_B, or the flow into the sink."""
-        condition = None if raw is None or self.conditioner is None else self.conditioner.encode(raw)
+        condition = self._encoded(raw)
         evaluation = evaluate(self.env, self.policy, batch, condition, self.graph)
         scores = evaluation.scores(idempotent=self.config.idempotent)
         start = self.log_z(condition).double()

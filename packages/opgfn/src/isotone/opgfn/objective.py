@@ -58,16 +58,10 @@ def order_of(
         better = None if target.better is None else target.better[members][:, members]
         source, reference = generator, target.reference
         if distributed.active():
-            if better is not None or len(members) != len(target.valid):
-                raise ValueError(
-                    "expected objectives and a loss over whole batches (op-tb, op-db, op-fm) on several ranks"
-                )
-            assert u is not None
-            log_r, u, valid = (
-                distributed.gather_log_rewards(log_r),
-                distributed.gather_rows(u),
-                distributed.gather_rows(valid),
-            )
+            if u is None:
+                raise ValueError("expected objective values on several ranks, got comparisons")
+            log_r = distributed.gather_log_rewards(log_r)
+            u, valid = distributed.gather_rows(u), distributed.gather_rows(valid)
             source, reference = shared, None
         pairs = random_pairs(len(log_r), source, log_r.device) if mode == "pairwise" else None
         return order_preserving_loss(
@@ -100,6 +94,10 @@ def training_loss(
     baseline: float = 0.0,
 ) -> Float[Tensor, ""]:
     """The loss that `config.objective` names. `baseline`: REINFORCE's running mean reward."""
+    if distributed.active() and config.kind == "op" and config.family not in ("tb", "db", "fm"):
+        raise ValueError(
+            f"expected a loss over whole batches (op-tb, op-db, op-fm) on several ranks, got {config.objective}"
+        )
     log_pf = evaluation.log_pf()
     scores = evaluation.scores(log_pf, config.idempotent)
     family, weight = config.family, config.order_weight
