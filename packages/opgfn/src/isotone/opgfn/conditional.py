@@ -23,13 +23,15 @@ def thermometer(values: Float[Tensor, "B d"], bins: int, low: float = 0.0, high:
 class Preference:
     """PC-GFN: w ~ Dirichlet(1), R(x | w) = (w . u)^beta; w, and beta where it is drawn, by thermometer.
 
-    `beta_low`: where it is given, beta is uniform in [beta_low, beta] and conditions the network too.
+    `beta_low`: where it is given, beta is uniform in [beta_low, beta] and conditions the network too. `floor`: w . u
+    is raised to it, so that log R is finite.
     """
 
     objectives: int
     beta: float = 1.0
     beta_low: float | None = None
     bins: int = 16
+    floor: float = 1e-8
 
     def __post_init__(self) -> None:
         if self.objectives < 1 or not self.beta > 0 or self.bins < 1:
@@ -57,7 +59,7 @@ class Preference:
 
     def log_reward(self, u: Float[Tensor, "n d"], raw: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         """beta log(w . u)."""
-        return raw[:, -1] * (raw[:, :-1] * u).sum(1).clamp(min=_TINY).log()
+        return raw[:, -1] * (raw[:, :-1] * u).sum(1).clamp(min=self.floor).log()
 
     def relabel(self, raw: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
         """Preferences stay as they are."""

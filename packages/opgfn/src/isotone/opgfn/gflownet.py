@@ -125,7 +125,7 @@ class GFlowNet:
         if not count:
             raise ValueError(f"expected objectives=, their number, for {self.config.objective}")
         if kind == "pc":
-            return Preference(count, self.config.beta, self.config.beta_low)
+            return Preference(count, self.config.beta, self.config.beta_low, floor=self.config.floor)
         return Goal(count, self.config.beta)
 
     # --- training ------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def _rounds(
         lr=3e-3,
         lr_log_z=1e-1,
         batch_size=setting.batch,
+        floor=0.05,
         lambda_kl=0.1 if plus else 0.0,
         seed=seed,
     )
@@ -134,7 +135,7 @@ def string_arm(setting: StringSetting, objective: str, beta: float, seed: int) -
         evolution.random_search(env, memo, setting.budget, generator, batch=256)
     else:
         config = TrainConfig(
-            objective=objective, beta=beta, lr=1e-3, lr_log_z=1e-2, batch_size=setting.batch, seed=seed
+            objective=objective, beta=beta, lr=1e-3, lr_log_z=1e-2, batch_size=setting.batch, floor=1e-3, seed=seed
         )
         policy = _seeded_policy(env, setting.width, config)
         gfn = GFlowNet(
