@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from isotone.opgfn.conditional import Goal, LogZ, Preference, thermometer
 
 
