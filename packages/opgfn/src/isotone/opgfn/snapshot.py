@@ -53,7 +53,8 @@ def snapshot(gfn: GFlowNet) -> tuple[dict[str, Any], dict[str, Any]]:
         arrays |= {f"optimizer.{number}.{key}": value for key, value in values.items()}
     arrays["generator"] = gfn.generator.get_state()
     arrays["shared_generator"] = gfn.shared_generator.get_state()
-    state: dict[str, Any] = {"identity": identity(gfn), "history": gfn.history, "baseline": gfn._baseline}
+    state: dict[str, Any] = {"identity": identity(gfn), "step": gfn.step, "history": gfn.history}
+    state["baseline"] = gfn._baseline
     more, state["buffer"] = gfn.buffer.state()
     arrays |= {f"buffer.{name}": array for name, array in more.items()}
     if gfn.memo is not None:
@@ -87,7 +88,7 @@ def restore(gfn: GFlowNet, arrays: dict[str, Any], state: dict[str, Any], where:
     gfn.generator.set_state(arrays["generator"])
     gfn.shared_generator.set_state(arrays["shared_generator"])
     gfn.history, gfn._baseline = list(state["history"]), state["baseline"]
-    gfn.step = len(gfn.history)
+    gfn.step = state["step"]
     gfn.buffer.restore(under("buffer."), state["buffer"])
     if gfn.memo is not None and "memo" in state:
         gfn.memo.restore(under("memo."), state["memo"])
