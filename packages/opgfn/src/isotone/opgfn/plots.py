@@ -56,7 +56,7 @@ def mass_figure(states: np.ndarray, mass: Mapping[str, np.ndarray], marked: np.n
     return drawing
 
 
-def curve_figure(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], title: str, xlabel: str, ylabel: str) -> Any:
+def curve_figure(curves: Mapping[str, tuple[Sequence[Any], np.ndarray]], title: str, xlabel: str, ylabel: str) -> Any:
     """Mean over seeds of each arm, with its standard error: (x, values of shape (seeds, x))."""
     drawing, axes = figure(title, xlabel, ylabel)
     styles = ["-", "--", "-.", ":"]

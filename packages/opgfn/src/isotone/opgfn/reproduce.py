@@ -318,11 +318,11 @@ def _hypergrid(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
         "hyper-best": [r["score"] for r in reward[best]],
         "hyper-worst": [r["score"] for r in reward[worst]],
         "hyper-modes": [float(o["modes"]) for o in ours],
-        "hyper-order": [change],
+        "hyper-order": [float(change)],
         "hyper-sparse": [o["curve"]["entropy"][-1] - o["curve"]["entropy"][0] for o in ours],
     }
 
-    def curves(part: Callable[[dict[str, Any]], list[float]]) -> dict[str, tuple[list[float], np.ndarray]]:
+    def curves(part: Callable[[dict[str, Any]], list[float]]) -> dict[str, tuple[list[Any], np.ndarray]]:
         steps = ours[0]["curve"]["steps"]
         labels = {worst: ", worst", best: ", best"}
         found = {"OP-TB": (steps, np.array([part(o) for o in ours]))}

@@ -1,26 +1,26 @@
-"""A training run as a checkpoint has it: weights, optimizer, generators, buffer, memo; and back."""
+"""A training run as a checkpoint has it: weights, optimizer, generators, buffer, memo; and back.
+
+`gfn` is a `GFlowNet`, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from isotone.shared.errors import InputError
 
-if TYPE_CHECKING:
-    from isotone.opgfn.gflownet import GFlowNet
 
-
-def weights(gfn: GFlowNet) -> dict[str, Tensor]:
+def weights(gfn: Any) -> dict[str, Tensor]:
     """The tensors of policy and log Z, by name, on the CPU."""
     found = {f"policy.{name}": tensor for name, tensor in gfn.policy.state_dict().items()}
     found |= {f"log_z.{name}": tensor for name, tensor in gfn.log_z.state_dict().items()}
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
 
-def load_weights(gfn: GFlowNet, tensors: dict[str, Tensor], where: str) -> None:
+def load_weights(gfn: Any, tensors: dict[str, Tensor], where: str) -> None:
     """Put them back. Raises `InputError` where they are of another environment or policy."""
     for prefix, module in (("policy.", gfn.policy), ("log_z.", gfn.log_z)):
         part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -33,7 +33,7 @@ def load_weights(gfn: GFlowNet, tensors: dict[str, Tensor], where: str) -> None:
         gfn.sampling_policy.load_state_dict(gfn.policy.state_dict())
 
 
-def identity(gfn: GFlowNet) -> dict[str, Any]:
+def identity(gfn: Any) -> dict[str, Any]:
     """What a run is: settings, environment and the objectives' names, as JSON gives them back."""
     simple = (bool, int, float, str, tuple)
     env = {name: value for name, value in vars(gfn.env).items() if isinstance(value, simple)}
@@ -44,7 +44,7 @@ def identity(gfn: GFlowNet) -> dict[str, Any]:
     return json.loads(json.dumps({**gfn.get_params(), "env": env}))
 
 
-def snapshot(gfn: GFlowNet) -> tuple[dict[str, Any], dict[str, Any]]:
+def snapshot(gfn: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and JSON state from which training goes on bit for bit."""
     arrays: dict[str, Any] = dict(weights(gfn))
     if gfn.config.ema:
@@ -63,7 +63,7 @@ def snapshot(gfn: GFlowNet) -> tuple[dict[str, Any], dict[str, Any]]:
     return arrays, state
 
 
-def restore(gfn: GFlowNet, arrays: dict[str, Any], state: dict[str, Any], where: str) -> None:
+def restore(gfn: Any, arrays: dict[str, Any], state: dict[str, Any], where: str) -> None:
     """Put back what `snapshot` gave. Raises `InputError` where it is of another run."""
     saved, ours = state["identity"], identity(gfn)
     for part in ours:

@@ -37,7 +37,7 @@ class GymEnv(gymnasium.Env):
         self._state = self.env.reset(1)
         return self._state[0].numpy(), {"action_mask": self._mask()}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Observation, reward, terminated, truncated, info."""
         chosen = torch.tensor([int(action)])
         if not 0 <= int(action) < self.env.num_actions:
