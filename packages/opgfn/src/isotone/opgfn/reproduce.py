@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from isotone.opgfn import plots
 from isotone.opgfn.chem.objectives import Objectives
 from isotone.opgfn.chem.seh import WEIGHTS
+from isotone.opgfn.envs import MOOGrid
 from isotone.opgfn.experiments.grids import TRANSFORMS, HyperSetting, MOOSetting, hypergrid_arm, moo_arm
 from isotone.opgfn.experiments.molecules import MOLECULE_ARMS, MoleculeSetting, molecule_arm
 from isotone.opgfn.experiments.strings import NAS_ARMS, NasSetting, StringSetting, nas_arm, string_arm
@@ -274,22 +276,13 @@ def _moo(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
         f"PC-GFN, beta {beta:g}": np.array(preference[0]["distribution"]),
         "TB on mean(u)^4": np.array(scalar[0]["distribution"]),
     }
-    from isotone.opgfn.envs import MOOGrid
-
-    env = MOOGrid(moo.objectives, moo.side)
-    u = env.objective(_tensor(states)).numpy()
+    u = MOOGrid(moo.objectives, moo.side).objective(torch.from_numpy(states)).numpy()
     clouds = {name: np.array(r["samples"]) for name, r in (("PC-GFN", preference[0]), ("OP-TB", first))}
     figures = {
         "mass": plots.mass_figure(states, mass, marked, "Exact terminal mass; circles: Pareto cells"),
         "front": plots.front_figure(clouds, u[marked], moo.objectives, "Samples and the true front"),
     }
     return values, figures
-
-
-def _tensor(array: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(array)
 
 
 def _hypergrid(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
