@@ -255,10 +255,7 @@ class GFlowNet:
         self, batch: Trajectories, raw: Tensor | None, order_fn: Callable | None, output: PolicyOutput | None
     ) -> float:
         target = self._target(batch, raw, order_fn)
-        if output is not None and self.graph is not None:
-            evaluation = evaluate(self.env, lambda states: output, batch, None, self.graph)  # type: ignore[arg-type]
-        else:
-            evaluation = evaluate(self.env, self.policy, batch, target.condition, self.graph)
+        evaluation = evaluate(self.env, self.policy, batch, target.condition, self.graph, output)
         generators = self.generator, self.shared_generator
         loss = training_loss(self.config, evaluation, target, self.policy, self.log_z, *generators, self._baseline)
         value = loss.item()

@@ -99,8 +99,9 @@ def evaluate(
     batch: Trajectories,
     condition: Float[Tensor, "B c"] | None = None,
     graph: StateGraph | None = None,
+    output: PolicyOutput | None = None,
 ) -> Evaluation:
-    """One pass of the network over all states of `batch`, or over the table of `graph`."""
+    """One pass of the network over all states of `batch`, or over the table of `graph`: `output`, if it is there."""
     if graph is not None and condition is None:
         ids = batch.ids if batch.ids is not None else graph.index(batch.states[batch.mask])
         if batch.ids is None:
@@ -109,7 +110,8 @@ def evaluate(
         else:
             position = torch.where(batch.mask, ids, 0)
         masks = graph.forward_mask, graph.backward_mask
-        return Evaluation(env, graph.states, position, batch, policy(graph.states), *masks, graph)
+        found = policy(graph.states) if output is None else output
+        return Evaluation(env, graph.states, position, batch, found, *masks, graph)
     mask = batch.mask
     rows = batch.states[mask]
     position = torch.zeros(mask.shape, dtype=torch.int64, device=rows.device)

@@ -12,7 +12,7 @@ def silence_rdkit() -> None:
     """Keep RDKit's remarks about molecules that do not sanitise off stderr, in this process."""
     from rdkit import RDLogger
 
-    RDLogger.DisableLog("rdApp.*")
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
 
 
 def assemble(
@@ -40,7 +40,7 @@ def assemble(
                 name = vocabulary.smiles[fragments[node]]
                 raise ValueError(f"expected a stem index below {len(stems)} of {name!r}, got {stem}")
             ends.append(first[node] + stems[stem])
-        molecule.AddBond(*ends, Chem.BondType.SINGLE)
+        molecule.AddBond(ends[0], ends[1], Chem.BondType.SINGLE)
         for end in ends:
             atom = molecule.GetAtomWithIdx(end)
             if atom.GetNumExplicitHs():
