@@ -42,7 +42,7 @@ def mass_figure(states: np.ndarray, mass: Mapping[str, np.ndarray], marked: np.n
     drawing, first = figure(title, "", "", size=(3.4 * len(mass) + 0.9, 3.9))
     first.remove()
     panels = drawing.subplots(1, len(mass), squeeze=False)[0]
-    picture = None
+    picture: Any = None
     for axes, (name, values) in zip(panels, mass.items(), strict=True):
         grid = np.zeros((side, side))
         grid[states[:, 1], states[:, 0]] = values
@@ -80,7 +80,7 @@ def molecules_figure(smiles: Sequence[str], captions: Sequence[str], title: str,
     chosen = list(smiles)[:12]
     molecules = [Chem.MolFromSmiles(text) for text in chosen]
     options = Draw.rdMolDraw2D.MolDrawOptions()
-    options.legendFontSize = 22
+    options.legendFontSize = 22  # type: ignore[assignment]
     picture = Draw.MolsToGridImage(
         molecules,
         molsPerRow=columns,

@@ -36,7 +36,7 @@ def load_weights(gfn: Any, tensors: dict[str, Tensor], where: str) -> None:
 def identity(gfn: Any) -> dict[str, Any]:
     """What a run is: settings, environment and the objectives' names, as JSON gives them back."""
     simple = (bool, int, float, str, tuple)
-    env = {name: value for name, value in vars(gfn.env).items() if isinstance(value, simple)}
+    env: dict[str, Any] = {name: value for name, value in vars(gfn.env).items() if isinstance(value, simple)}
     env["type"] = type(gfn.env).__name__
     if (vocabulary := getattr(gfn.env, "vocabulary", None)) is not None:
         env["vocabulary"] = [vocabulary.smiles, vocabulary.stems]

@@ -120,13 +120,14 @@ def _np(molecule: Any) -> float:
 def _mw(molecule: Any) -> float:
     from rdkit.Chem import Descriptors
 
-    return min(1.0, max(0.0, 1.0 + (300.0 - Descriptors.MolWt(molecule)) / 700.0))
+    return min(1.0, max(0.0, 1.0 + (300.0 - Descriptors.MolWt(molecule)) / 700.0))  # type: ignore[attr-defined]
 
 
 def _logp(molecule: Any) -> float:
     from rdkit.Chem import Crippen
 
-    return math.exp(-((Crippen.MolLogP(molecule) - 2.5) ** 2) / 2)
+    octanol: float = Crippen.MolLogP(molecule)  # type: ignore[attr-defined]
+    return math.exp(-((octanol - 2.5) ** 2) / 2)
 
 
 _FUNCTIONS: dict[str, Callable[[Any], float]] = {"qed": _qed, "sa": _sa, "np": _np, "mw": _mw, "logp": _logp}

@@ -97,7 +97,7 @@ def summary(
     """What the figures and plots are made of."""
     good = u[valid]
     front = non_dominated_mask(torch.from_numpy(good)).numpy()
-    names = [text for text, ok in zip(texts, valid, strict=True) if ok]
+    names = [str(text) for text, ok in zip(texts, valid, strict=True) if ok]
     # molecules that several trees spell are one
     best = {names[i]: good[i] for i in np.flatnonzero(front)}
     points = np.array(list(best.values()))

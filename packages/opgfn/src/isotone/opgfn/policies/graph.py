@@ -94,7 +94,8 @@ class GraphPolicy(Policy):
         members = [(group == number).nonzero().squeeze(1) for number in found]
         parts = [self._output(states[rows], None if condition is None else condition[rows]) for rows in members]
         back = torch.argsort(torch.cat(members))
-        return PolicyOutput(*(None if part[0] is None else torch.cat(part)[back] for part in zip(*parts, strict=True)))
+        joined = [None if part[0] is None else torch.cat(part)[back] for part in zip(*parts, strict=True)]
+        return PolicyOutput._make(joined)
 
     def _output(self, states: Tensor, condition: Tensor | None) -> PolicyOutput:
         env = self.env
