@@ -56,10 +56,10 @@ def bench(run: Run, small: bool = False) -> Report:
 
 
 def _timed(
-    ours: Callable[[], Any], peer: Callable[[], Any], small: bool, calls: float, rounds: int = 12
+    ours: Callable[[], Any], peer: Callable[[], Any], small: bool, calls: float, warmup: int, rounds: int
 ) -> tuple[float, float]:
     """What each does a second, `calls` a call: medians of interleaved runs."""
-    timing = compare(ours, peer, rounds=6 if small else rounds, warmup=2 if small else 20)
+    timing = compare(ours, peer, rounds=6 if small else rounds, warmup=2 if small else warmup)
     return calls / timing.ours_seconds, calls / timing.peer_seconds
 
 
@@ -76,7 +76,7 @@ def _hypergrid(small: bool) -> list[Ratio]:
     def ours() -> None:
         gfn.fit(steps=gfn.step + 1)
 
-    values = _timed(ours, peer.step, small, 1.0)
+    values = _timed(ours, peer.step, small, 1.0, 20, 12)
     return [
         Ratio(
             *("hypergrid-steps", f"HyperGrid({dim}, {side}), trajectory balance, batch {batch}", "opgfn", "torchgfn"),
@@ -166,7 +166,7 @@ def _fragments(small: bool) -> list[Ratio]:
     def peer() -> None:
         sample_per_state(env, policy, batch, source)
 
-    values = _timed(ours, peer, small, float(batch), 8)
+    values = _timed(ours, peer, small, float(batch), 4, 8)
     return [
         Ratio(
             "fragment-trajectories",
