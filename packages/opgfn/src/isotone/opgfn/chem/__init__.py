@@ -1,0 +1,1 @@
+"""Molecules: the fragment vocabulary, decoding, objectives on RDKit, the sEH proxy, a pool of workers."""

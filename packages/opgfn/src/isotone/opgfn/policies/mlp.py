@@ -1,0 +1,89 @@
+"""Multilayer perceptrons on one-hot states; the first layer is a sum of rows, never a product with zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from isotone.opgfn.envs.base import Environment
+from isotone.opgfn.policies.base import Policy, PolicyOutput
+
+
+class MLPPolicy(Policy):
+    """One-hot -> hidden layers with LeakyReLU -> heads, all on one torso (section 2.7).
+
+    `backward`: a learned P_B. `flow`: log F(s). `inter`: the forward-looking head. `logit_clip`: logits into
+    [-clip, clip], None for none. The weight of the last layer is scaled by `head_scale`: 1 is PyTorch's own.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        hidden: Sequence[int] = (64, 64, 64),
+        *,
+        backward: bool = False,
+        flow: bool = False,
+        inter: bool = False,
+        condition_dim: int = 0,
+        logit_clip: float | None = None,
+        head_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"expected widths of at least 1, got {tuple(hidden)}")
+        self.env, self.condition_dim, self.logit_clip = env, condition_dim, logit_clip
+        self.sizes = (
+            *(env.num_actions, env.num_backward_actions if backward else 0),
+            *(int(flow), int(inter)),
+        )
+        self.first = nn.Linear(env.num_tokens + condition_dim, hidden[0])
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(hidden, hidden[1:], strict=False))
+        self.heads = nn.Linear(hidden[-1], sum(self.sizes))
+        with torch.no_grad():
+            self.heads.weight *= head_scale
+
+    def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
+        self.check_condition(condition)
+        tokens = self.env.num_tokens
+        rows = self.first.weight[:, :tokens].T
+        hidden = F.embedding_bag(self.env.tokens(states), rows, mode="sum") + self.first.bias
+        if condition is not None:
+            hidden = hidden + condition.to(hidden.dtype) @ self.first.weight[:, tokens:].T
+        return self._output(hidden)
+
+    def _output(self, first: Tensor) -> PolicyOutput:
+        """The rest of the network, from what its first layer gives."""
+        hidden = F.leaky_relu(first)
+        for layer in self.layers:
+            hidden = F.leaky_relu(layer(hidden))
+        logits, backward, flow, inter = self.heads(hidden).split(self.sizes, 1)
+        if self.logit_clip is not None:
+            logits = logits.clamp(-self.logit_clip, self.logit_clip)
+            backward = backward.clamp(-self.logit_clip, self.logit_clip)
+        return PolicyOutput(
+            logits,
+            backward if self.sizes[1] else None,
+            flow.squeeze(1) if self.sizes[2] else None,
+            inter.squeeze(1) if self.sizes[3] else None,
+        )
+
+
+class SetPolicy(MLPPolicy):
+    """For multisets: each letter's count and whether it is there, as numbers, not one-hot columns."""
+
+    def __init__(self, env: Environment, hidden: Sequence[int] = (64, 64), **options: object) -> None:
+        super().__init__(env, hidden, **options)  # type: ignore[arg-type]
+        width = 2 * env.width + self.condition_dim
+        self.first = nn.Linear(width, hidden[0])
+
+    def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
+        self.check_condition(condition)
+        largest = torch.tensor(self.env.cardinalities, device=states.device) - 1
+        parts = [states / largest, (states > 0).to(self.first.weight.dtype)]
+        if condition is not None:
+            parts.append(condition)
+        return self._output(self.first(torch.cat([part.to(self.first.weight.dtype) for part in parts], 1)))

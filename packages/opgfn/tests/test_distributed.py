@@ -1,0 +1,39 @@
+"""L_OP over ranks: two ranks of half the batch take the step of one rank of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import workers
+
+from isotone.opgfn import distributed
+from isotone.shared.testing import run_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    return run_ranks(workers.both, 2)
+
+
+@pytest.mark.parametrize("mode", ["pareto", "pairwise", "rank"])
+def test_two_halves_are_the_whole(mode: str, ranks: list[dict]) -> None:
+    expected = workers.gradient(mode, *workers.batch()).tolist()
+    assert max(map(abs, expected)) > 1e-3
+    for found in ranks:
+        assert found[mode] == pytest.approx(expected, abs=1e-12)
+    # labels within each half alone are another loss
+    features, weights, u = workers.batch()
+    halves = [workers.gradient(mode, features[rows], weights, u[rows]) for rows in (slice(4), slice(4, 8))]
+    assert not torch.allclose((halves[0] + halves[1]) / 2, torch.tensor(expected, dtype=torch.float64), atol=1e-3)
+
+
+def test_ranks_train_in_step_on_their_own_samples(ranks: list[dict]) -> None:
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["first"] != ranks[1]["first"]
+    assert all("whole batches" in found["refused"][0] for found in ranks)
+
+
+def test_one_process_gathers_nothing() -> None:
+    rows = torch.randn(4)
+    assert not distributed.active() and distributed.gather_log_rewards(rows) is rows
+    distributed.average_gradients([torch.nn.Parameter(rows)])

@@ -1,0 +1,341 @@
+"""The trainer: orders alone, every objective, replay, memo, saving, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from isotone.opgfn.config import OBJECTIVES, TrainConfig
+from isotone.opgfn.envs import Bag, Grid, HyperGrid, MOOGrid, StringEnv
+from isotone.opgfn.exact import StateGraph, mass_on
+from isotone.opgfn.gflownet import GFlowNet, default_policy
+from isotone.opgfn.memo import Memo
+from isotone.opgfn.pareto import non_dominated_mask
+from isotone.opgfn.policies import MLPPolicy, SetPolicy
+from isotone.opgfn.replay import ReplayBuffer, ReplayConfig
+from isotone.shared.errors import InputError
+
+PRT = ReplayConfig("prioritized", offline=16)
+
+
+def weights(gfn: GFlowNet) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in gfn.policy.parameters()])
+
+
+def test_a_small_front_is_found_by_order_alone() -> None:
+    env = MOOGrid(("branin", "currin"), side=12)
+    gfn = GFlowNet(env, config=TrainConfig(lr=1e-2, batch_size=64))
+    front = non_dominated_mask(env.objective(gfn.graph.states))
+    before = mass_on(gfn.terminal_distribution(), front)
+    gfn.fit(steps=150)
+    after = mass_on(gfn.terminal_distribution(), front)
+    assert after > 0.7 > 3 * before
+    found = gfn.candidates(200)
+    assert len(found.states) == len(torch.unique(found.states, dim=0))
+    ranks = non_dominated_mask(env.objective(found.states)).long()
+    assert (ranks.diff() <= 0).all(), "non-dominated ones come first"
+
+
+@pytest.mark.parametrize("transform", ["cube", "rank"])
+def test_training_sees_the_order_only(transform: str) -> None:
+    """The whole run, replay included, is the same bit for bit for u, u^3 and rank(u), and for any R_0."""
+
+    def run(function) -> torch.Tensor:
+        env = HyperGrid(2, 8, r0=0.1)
+        return weights(GFlowNet(env, config=TrainConfig(batch_size=16), replay=PRT).fit(function, steps=15))
+
+    plain = HyperGrid(2, 8, r0=0.1).objective
+    table = {round(float(v), 9): i for i, v in enumerate(torch.unique(plain(StateGraph(HyperGrid(2, 8)).states)))}
+    other = {
+        "cube": lambda states: plain(states) ** 3,
+        "rank": lambda states: [table[round(float(v), 9)] for v in plain(states)],
+    }[transform]
+    assert torch.equal(run(plain), run(other))
+    assert torch.equal(run(plain), run(HyperGrid(2, 8, r0=0.001).objective))
+    assert not torch.equal(run(plain), run(lambda states: -plain(states)))
+
+
+def test_comparisons_without_values_train_the_same() -> None:
+    env = MOOGrid(("branin", "currin"), side=8)
+
+    def better(states: torch.Tensor) -> np.ndarray:
+        u = env.objective(states).numpy()
+        return (u[:, None] >= u[None]).all(2) & (u[:, None] > u[None]).any(2)
+
+    config = TrainConfig(batch_size=32, label="pareto")
+    by_order = GFlowNet(env, config=config).fit(order_fn=better, steps=20)
+    by_value = GFlowNet(env, config=config).fit(steps=20)
+    assert torch.equal(weights(by_order), weights(by_value))
+    assert by_order.memo is None
+    with pytest.raises(ValueError, match="order_fn alone"):
+        GFlowNet(env, objective="tb").fit(order_fn=better)
+    with pytest.raises(ValueError, match=r"\(32, 32\), got \(2, 2\)"):
+        GFlowNet(env, config=config).fit(order_fn=lambda states: np.zeros((2, 2)), steps=1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("table", [True, False])
+def test_every_objective_trains(objective: str, table: bool) -> None:
+    env = MOOGrid(("branin", "currin"), side=6)
+    config = TrainConfig(objective=objective, batch_size=16, lr=3e-3, lr_log_z=1e-2)
+    if table and config.kind in ("pc", "gc"):
+        with pytest.raises(ValueError, match="no table"):
+            GFlowNet(env, config=config, table=True)
+        return
+    gfn = GFlowNet(env, config=config, replay=ReplayConfig("uniform", warmup=20), table=table)
+    start = weights(gfn).clone()
+    gfn.fit(steps=6)
+    assert len(gfn.history) == 6 and all(np.isfinite(gfn.history))
+    assert not torch.equal(weights(gfn), start)
+    drawn = gfn.sample(9, temperature=0.7, seed=1)
+    assert drawn.states.shape == (9, 2) and drawn.log_reward.isfinite().all()
+    assert (gfn.log_z.value == 0).item() is (config.kind == "op" or config.family not in ("tb",))
+
+
+def test_table_and_steps_train_alike() -> None:
+    env = HyperGrid(2, 6)
+    config = TrainConfig(batch_size=32, objective="op-subtb", lambda_kl=0.1)
+    runs = [GFlowNet(env, config=config, replay=PRT, table=table).fit(steps=5) for table in (True, False)]
+    # the scale of all flows is a gauge, with no gradient but rounding, which Adam blows up: it is not compared
+    states = runs[0].graph.states
+    ours, theirs = (run.policy(states) for run in runs)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert torch.allclose(ours.backward_logits, theirs.backward_logits, atol=1e-5)
+    assert torch.allclose(ours.log_flow.diff(), theirs.log_flow.diff(), atol=1e-5)
+    assert runs[0].history == pytest.approx(runs[1].history, abs=1e-5)
+
+
+@pytest.mark.parametrize("label", ["all-pairs", "pareto", "buffer", "rank", "bce", "pair-balanced"])
+def test_every_label_trains(label: str) -> None:
+    env = MOOGrid(("branin", "currin"), side=6)
+    gfn = GFlowNet(env, config=TrainConfig(label=label, batch_size=32, lr=1e-2)).fit(steps=40)
+    front = non_dominated_mask(env.objective(gfn.graph.states))
+    uniform = GFlowNet(env, config=TrainConfig(seed=0))
+    assert mass_on(gfn.terminal_distribution(), front) > mass_on(uniform.terminal_distribution(), front)
+
+
+def test_pc_gfn_follows_its_preference() -> None:
+    """Conditioned on one objective alone, what is drawn is better at it than when conditioned on the other."""
+    env = MOOGrid(("branin", "currin"), side=8)
+    gfn = GFlowNet(env, config=TrainConfig(objective="pc-tb", beta=8.0, lr=5e-3, batch_size=64)).fit(steps=150)
+    means = []
+    for w in ([1.0, 0.0], [0.0, 1.0]):
+        raw = torch.tensor([[*w, 8.0]], dtype=torch.float64).repeat(256, 1)
+        means.append(env.objective(gfn.sample(256, condition=raw, seed=0).states).mean(0))
+    assert means[0][0] > means[1][0] and means[1][1] > means[0][1]
+
+
+def test_ema_updates_and_augmentation() -> None:
+    env = HyperGrid(2, 6)
+    config = TrainConfig(batch_size=16, ema=0.95, updates=3, lambda_kl=0.1, lr_half_life=10, weight_decay=1e-4)
+    gfn = GFlowNet(env, config=config, replay=ReplayConfig("prioritized", offline=8, augment=2)).fit(steps=4)
+    assert gfn.optimizer.state_dict()["state"][0]["step"] == 4 * (3 + 2)
+    slow = torch.cat([p.detach().flatten() for p in gfn.sampling_policy.parameters()])
+    fresh = weights(GFlowNet(env, config=config))
+    assert 0 < (slow - fresh).norm() < (weights(gfn) - fresh).norm()
+
+
+def test_memo_asks_once_for_each_object() -> None:
+    asked = []
+
+    def objective(objects: list[str]) -> list[float]:
+        asked.extend(objects)
+        return [float(len(text)) for text in objects]
+
+    env = StringEnv("ab", 3)
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=64)).fit(objective, steps=5)
+    assert len(asked) == len(set(asked)) == gfn.memo.evaluations <= 8
+    assert gfn.memo.reuse > 0.9
+    states, u, valid = gfn.memo.seen()
+    assert env.objects(torch.from_numpy(states)) == asked and u[:, 0].tolist() == [3.0] * len(u) and valid.all()
+
+
+def test_invalid_objects_are_never_evaluated_and_never_win() -> None:
+    class Picky(HyperGrid):
+        def valid(self, states):
+            return states.sum(1) % 2 == 0
+
+    env = Picky(2, 4)
+    seen = []
+
+    def objective(states):
+        seen.append(states)
+        return env.objective(states)
+
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=64, lr=1e-2)).fit(objective, steps=100)
+    assert (torch.cat(seen).sum(1) % 2 == 0).all()
+    odd = gfn.graph.states.sum(1) % 2 == 1
+    assert mass_on(gfn.terminal_distribution(), odd) < 0.05
+    assert (gfn.buffer.archive.payload.sum(1) % 2 == 0).all()
+    all_bad = Memo(env, objective)(torch.tensor([[0, 1]]))
+    assert not all_bad[1].any()
+    tb = GFlowNet(env, config=TrainConfig(objective="tb", batch_size=32)).fit(objective, steps=2)
+    assert np.isfinite(tb.history).all()
+
+
+def test_objectives_that_mean_nothing_are_refused() -> None:
+    env = HyperGrid(2, 4)
+    for function, words in [
+        (lambda s: [float("nan")] * len(s), "nan for object 0"),
+        (lambda s: [1.0], "objects, got 1"),
+        (lambda s: np.ones((len(s), 2, 2)), "(batch, objectives)"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            GFlowNet(env, config=TrainConfig(batch_size=8)).fit(function, steps=1)
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="no objective of its own"):
+        GFlowNet(Grid(2, 4)).fit(steps=1)
+    with pytest.raises(ValueError, match="partial objects"):
+        GFlowNet(StringEnv("ab", 3), objective="op-fl-db").fit(lambda xs: [1.0 * x.count("a") for x in xs], steps=1)
+    with pytest.raises(ValueError, match="learned P_B"):
+        GFlowNet(env, MLPPolicy(env), config=TrainConfig(lambda_kl=0.1)).fit(steps=1)
+    with pytest.raises(ValueError, match="condition_dim 32"):
+        GFlowNet(MOOGrid(side=4), MLPPolicy(MOOGrid(side=4)), objective="pc-tb")
+    with pytest.raises(ValueError, match="objectives="):
+        GFlowNet(env, objective="gc-tb")
+    with pytest.raises(ValueError, match="exact distributions"):
+        GFlowNet(env, table=False).terminal_distribution()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("objective", "op-xx"), ("label", "best"), ("batch_size", 1), ("lr", float("nan")), ("epsilon", 2.0), ("ema", 1.0)]
+    + [("lam", 0.0), ("clip_norm", 0.0), ("lr_half_life", 0), ("lambda_kl", -1.0), ("beta", 0.0), ("updates", 0)],
+)
+def test_config_refuses(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=str(value).replace(".", r"\.")):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mode", "x"), ("rest", "x"), ("capacity", 0), ("pareto_fraction", 2.0), ("augment_batch", 1), ("offline", 1)],
+)
+def test_replay_config_refuses(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=str(value)):
+        ReplayConfig(**{field: value})
+
+
+# --- replay -------------------------------------------------------------------------------------------------
+
+
+def test_buffer_keeps_the_newest_distinct_objects() -> None:
+    buffer = ReplayBuffer(ReplayConfig(capacity=5), 1)
+    for start in range(0, 8, 2):
+        rows = torch.arange(start, start + 2)[:, None]
+        buffer.push(rows, rows.double())
+        buffer.push(rows, rows.double())
+    assert len(buffer) == 5 and sorted(buffer.states[:5, 0]) == [3, 4, 5, 6, 7]
+    buffer.push(torch.tensor([[0]]), torch.tensor([[0.0]]))  # forgotten before, so new again
+    assert 0 in buffer.states[:5, 0]
+
+
+def test_prioritised_draws_are_half_from_the_best_tenth() -> None:
+    config = ReplayConfig("prioritized", rest="below")
+    buffer = ReplayBuffer(config, 1)
+    rows = torch.arange(100)[:, None]
+    buffer.push(rows, rows.double())
+    drawn = buffer.prioritized(2000, torch.Generator().manual_seed(0))[:, 0]
+    assert (drawn[:1000] >= 90).all() and (drawn[1000:] < 90).all()
+    assert len(torch.unique(drawn)) == 100
+    everything = ReplayBuffer(dataclasses.replace(config, rest="all"), 1)
+    everything.push(rows, rows.double())
+    assert (everything.prioritized(2000, torch.Generator().manual_seed(0))[1000:] >= 90).any()
+    tied = ReplayBuffer(config, 1)
+    tied.push(rows, torch.ones(100, 1, dtype=torch.float64))
+    assert len(tied.top()) == 100 and len(tied.prioritized(4, torch.Generator())) == 4
+
+
+def test_uniform_draws_take_their_share_from_the_archive() -> None:
+    buffer = ReplayBuffer(ReplayConfig("uniform", pareto_fraction=0.5), 1)
+    rows = torch.arange(50)[:, None]
+    front = torch.stack([rows[:, 0].double(), torch.zeros(50).double()], 1)
+    buffer.push(rows, front)
+    drawn = buffer.uniform(40, torch.Generator().manual_seed(0))[:, 0]
+    assert (drawn[20:] == 49).all() and len(torch.unique(drawn[:20])) > 5
+    assert buffer.top().tolist() == [49]
+
+
+# --- saving and resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["op-tb", "pc-tb", "op-fl-subtb", "reinforce"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(objective: str, tmp_path) -> None:
+    env = MOOGrid(("branin", "currin"), side=6)
+    config = TrainConfig(objective=objective, batch_size=16, ema=0.9, lr_half_life=20)
+    replay = ReplayConfig("prioritized", offline=8, capacity=25)
+
+    def make() -> GFlowNet:
+        return GFlowNet(env, config=config, replay=replay)
+
+    whole = make().fit(steps=14)
+    make().fit(steps=9, folder=tmp_path, checkpoint_every=4)
+    resumed = make().fit(steps=14, folder=tmp_path, checkpoint_every=4)
+    assert torch.equal(weights(whole), weights(resumed)) and whole.history == resumed.history
+    assert torch.equal(whole.sample(5).states, resumed.sample(5).states)
+    assert whole.memo.evaluations == resumed.memo.evaluations and whole.memo.lookups == resumed.memo.lookups
+    other = dataclasses.replace(config, lr=0.5)
+    with pytest.raises(InputError, match="lr 0.001, got 0.5"):
+        GFlowNet(env, config=other, replay=replay).fit(steps=14, folder=tmp_path)
+    elsewhere = MOOGrid(("branin", "beale"), side=6)
+    with pytest.raises(InputError, match="branin.*beale"):
+        GFlowNet(elsewhere, config=config, replay=replay).fit(steps=14, folder=tmp_path)
+    fresh = GFlowNet(env, config=other, replay=replay).fit(steps=2, folder=tmp_path, resume=False)
+    assert len(fresh.history) == 2
+
+
+def test_order_runs_resume_too(tmp_path) -> None:
+    env = HyperGrid(2, 5)
+
+    def better(states):
+        u = env.objective(states)[:, 0]
+        return u[:, None] > u[None]
+
+    config = TrainConfig(batch_size=8)
+    make = lambda: GFlowNet(env, config=config, replay=ReplayConfig("uniform", warmup=8))  # noqa: E731
+    whole = make().fit(order_fn=better, steps=8)
+    make().fit(order_fn=better, steps=5, folder=tmp_path, checkpoint_every=3)
+    assert torch.equal(weights(make().fit(order_fn=better, steps=8, folder=tmp_path)), weights(whole))
+
+
+def test_save_and_load(tmp_path) -> None:
+    env = Bag(3, 4)
+    gfn = GFlowNet(env, SetPolicy(env, (16, 16)), config=TrainConfig(batch_size=8, ema=0.5)).fit(steps=3)
+    gfn.save(tmp_path / "model", {"note": 1})
+    again = GFlowNet.load(tmp_path / "model", env, SetPolicy(env, (16, 16)))
+    assert torch.equal(weights(gfn), weights(again)) and again.step == 3 and again.get_params() == gfn.get_params()
+    assert torch.equal(gfn.sample(6, seed=0).states, again.sample(6, seed=0).states)
+    with pytest.raises(InputError, match="weights of this environment"):
+        GFlowNet.load(tmp_path / "model", env, SetPolicy(env, (8, 16)))
+    with pytest.raises(InputError, match="config.json"):
+        GFlowNet.load(tmp_path, env)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="saved GFlowNet"):
+        GFlowNet.load(tmp_path / "model", env)
+
+
+def test_sampling_aside_does_not_disturb_training() -> None:
+    env = HyperGrid(2, 5)
+    config = TrainConfig(batch_size=8)
+    plain = GFlowNet(env, config=config).fit(steps=6)
+    watched = GFlowNet(env, config=config)
+    seen = []
+    watched.fit(steps=6, callbacks=[lambda g, step, loss: seen.append(g.sample(3, seed=step).states)])
+    assert torch.equal(weights(plain), weights(watched)) and len(seen) == 6
+
+
+def test_default_policies_have_the_heads_that_the_loss_needs() -> None:
+    env = HyperGrid(2, 4)
+    out = default_policy(env, TrainConfig(objective="op-fl-subtb", lambda_kl=0.1))(env.reset(2))
+    assert out.backward_logits.shape == (2, 2) and out.log_flow.shape == out.log_inter.shape == (2,)
+    bare = default_policy(env, TrainConfig())(env.reset(2))
+    assert bare.backward_logits is None and bare.log_flow is None
+    clipped = MLPPolicy(env, (8,), logit_clip=0.01, backward=True)(env.reset(1))
+    assert clipped.logits.abs().max() <= 0.01 and clipped.backward_logits.abs().max() <= 0.01
+    with pytest.raises(ValueError, match=r"\(0,\)"):
+        MLPPolicy(env, (0,))
+    with pytest.raises(ValueError, match="condition of 3"):
+        MLPPolicy(env, (8,), condition_dim=3)(env.reset(1))
