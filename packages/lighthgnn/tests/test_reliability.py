@@ -149,20 +149,25 @@ def test_changes_within_a_hyperedge_may_cancel_or_not():
         reliable_hyperedge_scores(Teacher(), torch.ones(4, 1), hg, change="x")
 
 
-def test_a_calibrated_teacher_ranks_planted_noise_last():
-    """A teacher stopped early is less sure than right; at its calibrated temperature the scores find the noise."""
-    made = make_synthetic(seed=14)
-    split = transductive_split(made.y, 20, 100, 14)
-    with seeded(14):
+@pytest.mark.parametrize("seed", range(200, 205))
+def test_a_calibrated_teacher_ranks_planted_noise_last(seed):
+    """A teacher stopped early is less sure than right; at its calibrated temperature the scores find the noise.
+
+    The bounds are from 16 other seeds, 100 to 115: temperatures 0.16 to 0.30; AUC 0.13 +- 0.03 uncalibrated and
+    0.656 +- 0.028 calibrated. 0.55 is 3.7 standard deviations off: a false alarm in 1e-4 of seeds, as of a normal.
+    """
+    made = make_synthetic(seed=seed)
+    split = transductive_split(made.y, 20, 100, seed)
+    with seeded(seed):
         teacher = make_teacher("hgnn", 64, 5)
     parts = (teacher, made.X, made.hypergraph)
-    train_teacher(*parts, made.y, split.train, split.val, TrainConfig(epochs=15))
+    train_teacher(*parts, made.y, split.train, split.val, TrainConfig(epochs=15, seed=seed))
     temperature = calibrated_temperature(*parts, made.y, split.val)
-    assert temperature < 0.7
+    assert temperature < 0.5
     real, noisy = made.planted & ~made.is_noise, made.planted & made.is_noise
     aucs = []
     for t in (1.0, temperature):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         rho = reliable_hyperedge_scores(*parts, samples=20, temperature=t, generator=generator)
         aucs.append(ranking_auc(rho[real].numpy(), rho[noisy].numpy()))
-    assert aucs[0] < 0.45 and aucs[1] > 0.6
+    assert aucs[0] < 0.3 and aucs[1] > 0.55

@@ -162,7 +162,7 @@ def test_two_rows_of_an_array_are_incidences():
     index = hg.hyperedge_index
     pair = (index[0].tolist(), index[1].tolist())
     for form in (index, index.numpy(), tuple(index), tuple(index.numpy()), pair, tuple(map(tuple, pair))):
-        assert Hypergraph(7, form).edges() == EDGES
+        assert Hypergraph(7, form).edges() == hg.edges()
     assert Hypergraph(7, [[0, 1, 2], [3, 4, 5]]).edges() == [[0, 1, 2], [3, 4, 5]], "a list of two is two hyperedges"
     assert Hypergraph(7, np.arange(6).reshape(3, 2)).edges() == [[0, 1], [2, 3], [4, 5]]
     for form, words in [(index.float(), "integers"), (([0, 1], [0]), "got 2 and 1"), (index - 1, "0 or more")]:

@@ -211,7 +211,7 @@ def train_teacher_in_blocks(
     if folder is not None:
         incidences = (stored.edge_indptr, stored.edge_indices, stored.degree, stored.edge_weight)
         parts = {"X": stored.features, "y": y, "train": train, "val": val, "structure": incidences}
-        sampled = {"layers": layers, "batch_size": batch_size}
+        sampled: dict[str, int | None] = {"layers": layers, "batch_size": batch_size}
         sampled |= {"edges_per_vertex": edges_per_vertex, "vertices_per_edge": vertices_per_edge}
         key = {"model": describe(teacher), "blocks": sampled} | fingerprint(**parts)
     return fit(
