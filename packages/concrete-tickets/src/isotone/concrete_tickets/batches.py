@@ -30,7 +30,7 @@ def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[
         raise InputError(f"expected as many labels as inputs, got {len(labels)} and {len(inputs)}")
     if not 1 <= batch_size <= len(inputs):
         raise InputError(f"expected a batch_size from 1 to the {len(inputs)} examples, got {batch_size}")
-    if jnp.issubdtype(inputs.dtype, jnp.floating) and not bool(jnp.isfinite(inputs).all()):
+    if jnp.issubdtype(inputs.dtype, jnp.floating) and not np.isfinite(np.asarray(inputs, np.float32)).all():
         raise InputError("expected finite inputs, got NaN or infinity")
     host = np.asarray(labels)
     if host.ndim != 1 or not np.issubdtype(host.dtype, np.integer):

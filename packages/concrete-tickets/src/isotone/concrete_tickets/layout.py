@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -151,6 +152,16 @@ class Layout:
         for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
             part = flat[start : start + math.prod(group)].reshape(group)
             found[name] = part if group == shape else jnp.broadcast_to(part, shape)
+            start += math.prod(group)
+        return found
+
+    def expand_eagerly(self, flat: Array) -> dict[str, Array]:
+        """`expand` outside jit: cut on the host, where no slice has to be compiled."""
+        host = np.asarray(flat)
+        found, start = {}, 0
+        for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
+            part = host[start : start + math.prod(group)].reshape(group)
+            found[name] = jnp.asarray(np.broadcast_to(part, shape))
             start += math.prod(group)
         return found
 

@@ -259,8 +259,8 @@ def search(
             mask = layout.select(ranked, given)
             found.append(
                 SearchResult(
-                    Ticket(layout.expand(mask)),
-                    layout.expand(ranked),
+                    Ticket(layout.expand_eagerly(mask)),
+                    layout.expand_eagerly(ranked),
                     {name: values[b] for name, values in chunks.history.items()},
                 )
             )

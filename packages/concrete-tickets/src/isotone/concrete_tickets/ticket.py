@@ -59,7 +59,7 @@ class Ticket:
 
     @classmethod
     def _of(cls, layout: Layout, mask: Array, warn: bool = True) -> Ticket:
-        ticket = cls(layout.expand(mask))
+        ticket = cls(layout.expand_eagerly(mask))
         if warn and (empty := ticket.collapsed()):
             message = f"no weight is kept in {', '.join(empty)}: the layer is cut"
             warnings.warn(message, LayerCollapse, stacklevel=3)
@@ -73,7 +73,7 @@ class Ticket:
     @property
     def kept(self) -> int:
         """How many weights are kept."""
-        return sum(int(jnp.sum(mask)) for mask in self.masks.values())
+        return sum(int(np.sum(np.asarray(mask))) for mask in self.masks.values())
 
     @property
     def total(self) -> int:
@@ -87,11 +87,11 @@ class Ticket:
 
     def layer_densities(self) -> dict[str, float]:
         """The share kept in each leaf."""
-        return {name: int(jnp.sum(mask)) / mask.size for name, mask in self.masks.items()}
+        return {name: int(np.sum(np.asarray(mask))) / mask.size for name, mask in self.masks.items()}
 
     def collapsed(self) -> list[str]:
         """The leaves in which nothing is kept."""
-        return [name for name, mask in self.masks.items() if not bool(jnp.any(mask))]
+        return [name for name, mask in self.masks.items() if not np.asarray(mask).any()]
 
     def check(self, params: Params) -> None:
         """Raise `InputError` where a masked leaf is missing from `params` or has another shape."""
@@ -101,7 +101,7 @@ class Ticket:
     def apply(self, params: Params) -> Params:
         """`params` with the weights that are not kept at exactly 0. Raises `InputError` as `check`."""
         self.check(params)
-        return keep(params, self.masks)
+        return _keep(params, self.masks)
 
     def tree(self, params: Params) -> Any:
         """A bool pytree like `params`, True all over where a leaf is not prunable."""
@@ -182,6 +182,10 @@ def keep(params: Params, masks: Mapping[str, Array]) -> Params:
     return jax.tree_util.tree_map_with_path(select, params)
 
 
+_keep = jax.jit(keep)
+
+
+@jax.jit
 def random_reinitialise(params: Params, masks: Masks, key: Array) -> Params:
     """`params` with each masked leaf drawn again from N(0, its own variance) (sanity check c)."""
     keys = dict(zip(masks, jax.random.split(key, len(masks)), strict=True))

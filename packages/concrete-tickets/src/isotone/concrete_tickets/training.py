@@ -141,7 +141,7 @@ def train(
     if ticket is not None:
         params, masks = ticket.apply(params), ticket.masks
     if optimizer is None:
-        optimizer = recipe.optimizer().init(params)
+        optimizer = _init(recipe, params)
     losses = jnp.zeros(recipe.epochs)
     state = (params, optimizer, losses)
     if checkpoint is None:
@@ -168,6 +168,11 @@ def train(
                 store.save(epoch, arrays, {"identity": identity})
     params, optimizer, losses = state
     return Trained(params, optimizer, np.asarray(losses)[first:last])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(recipe, params):
+    return recipe.optimizer().init(params)
 
 
 def _span(trainer, state, masks, inputs, labels, key, first, last):
