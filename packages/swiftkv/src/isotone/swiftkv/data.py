@@ -42,7 +42,7 @@ def fingerprint(*parts: Tensor | str | float | None) -> str:
         if isinstance(part, Tensor):
             whole = part.detach().cpu().contiguous()
             digest.update(f"{whole.dtype} {tuple(whole.shape)};".encode())
-            digest.update(memoryview(whole.flatten().view(torch.uint8).numpy()))
+            digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(f"{part!r};".encode())
     return digest.hexdigest()
