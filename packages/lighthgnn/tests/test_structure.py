@@ -270,6 +270,38 @@ def test_a_teacher_learns_from_files_by_blocks(tmp_path):
         StoredHypergraph(tmp_path / "hg")
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_stream_writes_the_files_of_the_whole(chunk, weighted, tmp_path):
+    made = make_synthetic(num_vertices=80, num_edges=50, dim=4)
+    weight = np.random.default_rng(0).random(made.hypergraph.num_edges).astype(np.float32) + 0.5 if weighted else None
+    hypergraph = Hypergraph(80, made.hypergraph.edges(), weight)
+    edges = ([*edge, edge[0]] for edge in hypergraph.edges())  # a generator, with a vertex listed twice
+    whole = StoredHypergraph(StoredHypergraph.write(tmp_path / "whole", hypergraph, made.X))
+    folder = StoredHypergraph.write_stream(tmp_path / "stream", 80, edges, iter(made.X.split(33)), weight, chunk)
+    stream = StoredHypergraph(folder)
+    for name in ("edge_indptr", "edge_indices", "vertex_indptr", "vertex_indices", "features"):
+        assert np.array_equal(getattr(stream, name), getattr(whole, name)), name
+    np.testing.assert_allclose(stream.degree, whole.degree, rtol=1e-6)
+    assert (stream.edge_weight is None) is (not weighted)
+
+
+@pytest.mark.parametrize(
+    "edges, rows, weight, words",
+    [
+        ([[0, 9]], 4, None, "got 9"),
+        ([[0], []], 4, None, "hyperedge 1"),
+        ([], 4, None, "at least 1 hyperedge"),
+        ([[0]], 3, None, "got 3"),
+        ([[0]], 5, None, "got 5"),
+        ([[0]], 4, [1.0, 2.0], "1 hyperedge weights"),
+    ],
+)
+def test_refusals_of_a_stream(edges, rows, weight, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        StoredHypergraph.write_stream(tmp_path, 4, edges, [torch.zeros(rows, 2)], weight)
+
+
 def test_graph():
     graph = Graph.from_edges(4, [[0, 1, 1], [1, 2, 0]])
     A = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1.0]])

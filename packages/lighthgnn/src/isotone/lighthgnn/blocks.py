@@ -10,7 +10,7 @@ Dimensions: N vertices, E hyperedges, I incidences, T targets.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def _gather(
 class StoredHypergraph(Incidences):
     """A hypergraph and its features in a folder of .npy files, read by memory map: larger than memory is fine.
 
-    Write one with `StoredHypergraph.write`, open it with `StoredHypergraph(folder)`.
+    Write one with `StoredHypergraph.write` or, where it does not fit in memory, `write_stream`; open it with
+    `StoredHypergraph(folder)`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -160,12 +161,112 @@ class StoredHypergraph(Incidences):
             np.save(folder / f"{name}.npy", getattr(parts, name), allow_pickle=False)
         if parts.edge_weight is not None:
             np.save(folder / "edge_weight.npy", parts.edge_weight, allow_pickle=False)
-        np.save(folder / "features.npy", np.asarray(features, dtype=np.float32), allow_pickle=False)
+        _write_rows(folder / "features.npy", [features], parts.num_vertices)
+        return folder
+
+    @staticmethod
+    def write_stream(
+        folder: str | os.PathLike[str],
+        num_vertices: int,
+        hyperedges: Iterable[Sequence[int]],
+        features: Iterable[Any],
+        edge_weight: Any = None,
+        chunk: int = 65_536,
+    ) -> Path:
+        """Write the files of a hypergraph that is never whole in memory, which holds N and E numbers but not I.
+
+        `hyperedges`: vertices of one after another, read once; `features`: N rows in pieces (n x d); `edge_weight`:
+        E weights. Incidences are handled about `chunk` at a time. A vertex listed twice counts once; equal hyperedges
+        stay apart. Raises `InputError` on a vertex id outside 0..N-1, an empty hyperedge, weights that are not E, and
+        rows that are not N.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = folder / "edge_indices.part"
+        edge_indptr, vertex_indptr = _spool(raw, num_vertices, hyperedges)
+        weight = None if edge_weight is None else np.asarray(edge_weight, np.float32)
+        if weight is not None and weight.shape != (len(edge_indptr) - 1,):
+            raise InputError(f"expected {len(edge_indptr) - 1} hyperedge weights, got shape {weight.shape}")
+        degree = _both_orders(folder, np.memmap(raw, np.int64, "r"), edge_indptr, vertex_indptr, weight, chunk)
+        raw.unlink()
+        for name, array in (("edge_indptr", edge_indptr), ("vertex_indptr", vertex_indptr)):
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        np.save(folder / "degree.npy", degree, allow_pickle=False)
+        (folder / "edge_weight.npy").unlink(missing_ok=True)
+        if weight is not None:
+            np.save(folder / "edge_weight.npy", weight, allow_pickle=False)
+        _write_rows(folder / "features.npy", features, num_vertices)
         return folder
 
     def rows(self, vertices: Int[Tensor, " n"]) -> Tensor:
         """Features of some vertices, read from the file."""
         return torch.from_numpy(np.ascontiguousarray(self.features[vertices.numpy()]))
+
+
+def _spool(path: Path, num_vertices: int, hyperedges: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted vertices of one hyperedge after another into a raw file; where hyperedges and vertices begin."""
+    counts, sizes = np.zeros(num_vertices, np.int64), [0]
+    with open(path, "wb") as file:
+        for number, edge in enumerate(hyperedges):
+            members = np.unique(np.asarray(edge, dtype=np.int64))
+            if len(members) == 0:
+                raise InputError(f"expected no empty hyperedge, got hyperedge {number} without vertices")
+            if members[0] < 0 or members[-1] >= num_vertices:
+                wrong = members[0] if members[0] < 0 else members[-1]
+                raise InputError(f"expected vertex ids from 0 to {num_vertices - 1}, got {wrong}")
+            counts[members] += 1
+            sizes.append(len(members))
+            file.write(members.tobytes())
+    if len(sizes) == 1:
+        raise InputError("expected at least 1 hyperedge, got none")
+    return np.cumsum(sizes), np.concatenate(([0], np.cumsum(counts)))
+
+
+def _both_orders(
+    folder: Path, members: Any, edge_indptr: np.ndarray, vertex_indptr: np.ndarray, weight: Any, chunk: int
+) -> np.ndarray:
+    """Write the incidences by hyperedge and by vertex, a piece at a time; returns the degrees."""
+    by_edge, by_vertex = (
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.int64, (int(edge_indptr[-1]),))
+        for name in ("edge_indices", "vertex_indices")
+    )
+    degree, place, first = np.zeros(len(vertex_indptr) - 1), vertex_indptr[:-1].copy(), 0
+    while first < len(edge_indptr) - 1:
+        last = max(first + 1, int(np.searchsorted(edge_indptr, edge_indptr[first] + chunk, "right")) - 1)
+        span = slice(int(edge_indptr[first]), int(edge_indptr[last]))
+        owner = np.repeat(np.arange(first, last), np.diff(edge_indptr[first : last + 1]))
+        piece = np.asarray(members[span])
+        by_edge[span] = piece
+        # a counting sort by vertex: ranks within the piece, after what earlier pieces placed
+        order = np.argsort(piece, kind="stable")
+        ordered = piece[order]
+        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+        lengths = np.diff(np.concatenate((starts, [len(ordered)])))
+        rank = np.arange(len(ordered)) - np.repeat(starts, lengths)
+        by_vertex[place[ordered] + rank] = owner[order]
+        place[ordered[starts]] += lengths
+        np.add.at(degree, piece, 1.0 if weight is None else weight[owner])
+        first = last
+    by_edge.flush()
+    by_vertex.flush()
+    return degree.astype(np.float32)
+
+
+def _write_rows(path: Path, pieces: Iterable[Any], num_vertices: int) -> None:
+    """N rows that come in pieces, as one float32 .npy."""
+    whole, done = None, 0
+    for piece in pieces:
+        rows = np.asarray(piece)
+        if rows.ndim != 2 or (whole is not None and rows.shape[1] != whole.shape[1]):
+            raise InputError(f"expected pieces of features of one width, got shape {rows.shape}")
+        if whole is None:
+            whole = np.lib.format.open_memmap(path, "w+", np.float32, (num_vertices, rows.shape[1]))
+        if done + len(rows) <= num_vertices:
+            whole[done : done + len(rows)] = rows
+        done += len(rows)
+    if whole is None or done != num_vertices:
+        raise InputError(f"expected {num_vertices} rows of features, got {done}")
+    whole.flush()
 
 
 def train_teacher_in_blocks(
