@@ -51,7 +51,7 @@ def test_only_the_last_layer_skipped_is_exact_on_a_llama():
 def test_a_group_starts_as_the_mean_of_its_layers(family):
     base = make(family)
     model = convert(base, 2, 4)
-    attention = [layer.self_attn for layer in base.model.layers]
+    attention = [layer.self_attn for layer in model.model.layers]
     names = ["kv_a_proj_with_mqa", "kv_b_proj"] if "deepseek" in family else ["k_proj", "v_proj"]
     for name in names:
         mean = sum(getattr(attention[j], name).weight for j in range(2, 6)) / 4
@@ -104,6 +104,26 @@ def test_dropping_the_teacher_keeps_the_student():
             model.swiftkv(False)
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek-v2-lora"])
+def test_one_base_is_converted_twice(family):
+    """Neither the base nor the other model is changed, by conversion or by dropping the teacher."""
+    base = make(family)
+    names, base_wanted = set(base.state_dict()), logits(base, ids(1, 9))
+    first = convert(base, 2, 2)
+    wanted = logits(first, ids(1, 9))
+    second = convert(base, 4, 1)
+    assert set(base.state_dict()) == names, "the base has no new weights"
+    assert torch.equal(logits(first, ids(1, 9)), wanted)
+    second_wanted = logits(second, ids(1, 9))
+    drop_teacher(first)
+    assert set(base.state_dict()) == names and torch.equal(logits(base, ids(1, 9)), base_wanted)
+    assert torch.equal(logits(second, ids(1, 9)), second_wanted) and torch.equal(logits(first, ids(1, 9)), wanted)
+    with second.teacher():
+        assert torch.equal(logits(second, ids(1, 9)), base_wanted)
+    mine, theirs = second.model.layers[5].mlp, base.model.layers[5].mlp
+    assert mine is theirs, "weights are shared"
+
+
 def test_half_precision_means_are_taken_in_single():
     base = make().to(torch.bfloat16)
     model = convert(base, 2, 4)
@@ -140,6 +160,11 @@ def test_models_that_are_refused():
     broken.model.layers[4].self_attn.v_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         convert(broken, 2)
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"):
+        broken = make("llama")
+        broken.get_parameter(name).data.view(-1)[0] = float("inf")
+        with pytest.raises(InputError, match=name):
+            convert(broken, 2)
 
 
 def test_slots():

@@ -128,6 +128,33 @@ def test_bfloat16_compute_is_near():
     assert float(step_loss(model, batch(), DistillConfig(compute_dtype="bf16"))) == pytest.approx(plain, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "family, train, dtype",
+    [("llama", "qkv", torch.bfloat16), ("deepseek-v2", "full", torch.bfloat16), ("qwen3", "qkv", torch.float16)],
+)
+def test_half_precision_models_are_trained_in_single(family, train, dtype):
+    """At a rate whose steps bf16's 8 bits would lose: nearly all weights change, and the loss falls as in fp32."""
+    falls, batches = {}, [batch(seed) for seed in range(3)]
+    for kind in (torch.float32, dtype):
+        model = convert(make(family, initializer_range=0.1).to(kind), 2, 2)
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("_proj_swiftkv.weight")}
+        seen = []
+        options = dict(steps=30, lr=3e-4, train=train, evaluate_every=30)
+        score = lambda m: {"x": float(m(input_ids=batch().input_ids).logits.mean())}  # noqa: B023, E731
+        history = distill(
+            model,
+            lambda step: batches[step % 3],
+            evaluate=score,
+            on_step=lambda step, loss: seen.append(model.model.norm_swiftkv.weight.dtype),  # noqa: B023
+            **options,
+        )
+        falls[kind] = sum(history.losses[:3]) - sum(history.losses[-3:])
+        assert set(seen) == {torch.float32} and {p.dtype for p in model.parameters()} == {kind}
+        changed = [(p != before[n]).float().mean() for n, p in model.named_parameters() if n in before]
+    assert sum(changed) / len(changed) > 0.75
+    assert falls[dtype] == pytest.approx(falls[torch.float32], rel=0.2) and falls[dtype] > 0
+
+
 @pytest.mark.parametrize("train", ["qkv", "norms", "full"])
 def test_distillation_lowers_the_loss(train):
     model = convert(make(initializer_range=0.1), 2, 4)
@@ -162,7 +189,8 @@ def test_schedule():
 @pytest.mark.parametrize("train", ["qkv", "full"])
 def test_a_resumed_run_is_bit_identical(train, tmp_path):
     def run(folder, steps_before=None):
-        model = convert(make(), 2, 2)
+        # of a model in bf16 the fp32 weights are what is kept
+        model = convert(make().to(torch.float32 if train == "full" else torch.bfloat16), 2, 2)
         config = DistillConfig(steps=8, lr=1e-2, train=train, evaluate_every=4)
         data = Windows(ids(1, 300)[0], 12, 2)
 
@@ -243,7 +271,7 @@ def test_a_killed_command_resumes_to_the_same_weights(tmp_path):
         ({"temperature": 0.0}, "temperature"),
         ({"hidden_loss_mult": -1.0}, "hidden_loss_mult"),
         ({"compute_dtype": "fp8"}, "fp8"),
-        ({"hidden_loss_layer": 1}, "hidden_loss_layer"),
+        ({"hidden_loss_layer": -8}, "hidden_loss_layer"),
         ({"hidden_loss_layer": 9}, "hidden_loss_layer"),
         ({"lr": 1e9, "clip": 1e9, "steps": 20}, "finite loss"),
     ],
@@ -251,6 +279,16 @@ def test_a_killed_command_resumes_to_the_same_weights(tmp_path):
 def test_refusals(options, words):
     with pytest.raises(InputError, match=words):
         distill(convert(make(), 2), lambda step: batch(), **{"steps": 2, **options})
+
+
+@pytest.mark.parametrize("layer", [-2, 0, 5])
+def test_the_hidden_loss_of_a_shared_state_is_0(layer):
+    model = convert(make(), 5)
+    losses = [
+        float(step_loss(model, batch(), DistillConfig(hidden_loss_layer=layer, hidden_loss_mult=mult)))
+        for mult in (0.0, 1.0)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_models_without_a_teacher_or_anything_to_train():

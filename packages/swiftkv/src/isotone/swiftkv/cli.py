@@ -51,6 +51,7 @@ def distill(
     loss: Annotated[str, Opt(help="kd (distillation) or lm (next token)")] = "kd",
     train: Annotated[str, Opt(help="qkv, norms or full")] = "qkv",
     gradient_checkpointing: Annotated[bool, Opt(help="less memory, more time")] = False,
+    compute_dtype: Annotated[str, Opt(help="of the forward passes: model or bf16; trained weights are fp32")] = "model",
     fuse_positions_prob: Annotated[
         float, Opt(help="chance that a packed .jsonl row counts its positions through")
     ] = 0.0,
@@ -71,6 +72,7 @@ def distill(
         loss=loss,
         train=train,
         gradient_checkpointing=gradient_checkpointing,
+        compute_dtype=compute_dtype,
     )
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):

@@ -7,6 +7,7 @@ exactly the base.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ _NO_ROPE = {
 def convert(model: Any, num_key_value_layers: int, key_value_group_size: int = 1) -> Any:
     """The swift model of `model` (Llama, Mistral, Qwen2, Qwen3 or DeepSeek-V2), in eval mode, teacher included.
 
-    The modules are taken over, not copied: `model` shares its weights with the result, whose parameters are frozen but
-    for the new ones. Raises `InputError` on l or g that do not fit, a family that is not supported, a model that is
+    The weights are taken over, not copied: `model` shares them with the result, whose parameters are frozen but for the
+    new ones. The new projections are the result's alone: `model` stays as it was and may be converted again. Raises `InputError` on l or g that do not fit, a family that is not supported, a model that is
     converted already or quantised, biases that only some layers of a group have, RoPE that depends on the length, and
     weights that are not finite.
     """
@@ -59,7 +60,9 @@ def convert(model: Any, num_key_value_layers: int, key_value_group_size: int = 1
     with torch.device("meta"):
         converted = kind(config)
     converted.model.embed_tokens = model.model.embed_tokens
-    converted.model.layers = model.model.layers
+    converted.model.layers = nn.ModuleList(
+        _thin_layer(layer) if number in split.upper else layer for number, layer in enumerate(model.model.layers)
+    )
     converted.model.norm = model.model.norm
     converted.model.rotary_emb = model.model.rotary_emb
     converted.lm_head = model.lm_head
@@ -128,7 +131,7 @@ def freeze(model: Any, train: str) -> list[nn.Parameter]:
 def drop_teacher(model: Any) -> Any:
     """Take the teacher's projections out of the upper layers: the model is the student alone, and as small as one.
 
-    Returns the model. What shares the modules (the model it was converted from) loses them too.
+    Returns the model. The model it was converted from, and others converted from that one, keep theirs.
     """
     split = SwiftKVConfig.of(model.config)
     for number in split.upper:
@@ -138,11 +141,28 @@ def drop_teacher(model: Any) -> Any:
     return model
 
 
+def _thin_layer(layer: nn.Module) -> nn.Module:
+    """A layer and an attention of their own, so that projections may come and go, around the same parameters."""
+    made = _thin(layer)
+    made.self_attn = _thin(layer.self_attn)  # type: ignore[arg-type]
+    return made
+
+
+def _thin(module: nn.Module) -> Any:
+    made = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        made.__dict__[name] = dict(getattr(module, name))
+    return made
+
+
 def _check(model: Any, split: SwiftKVConfig) -> None:
     rope = getattr(model.config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in _NO_ROPE:
         raise InputError(f"expected RoPE that is the same at every length, got rope_type {kind!r}: {_NO_ROPE[kind]}")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
     layers = model.model.layers
     for number in split.upper:
         attention, owner = layers[number].self_attn, layers[split.owner(number)].self_attn
@@ -157,6 +177,3 @@ def _check(model: Any, split: SwiftKVConfig) -> None:
                     f"expected {name} of the layers of a group to have a bias or none, got both in layers "
                     f"{split.owner(number)} and {number}"
                 )
-            for parameter in module.parameters():
-                if not bool(parameter.isfinite().all()):
-                    raise InputError(f"expected finite weights, got NaN or infinity in layer {number}: {name}")

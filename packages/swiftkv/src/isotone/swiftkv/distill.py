@@ -12,8 +12,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from isotone.swiftkv.families import SWIFT
 from isotone.swiftkv.losses import IGNORED, tiled_cross_entropy, tiled_kl
 
 LOSSES = ("kd", "lm")
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class DistillConfig:
     of the logits plus `hidden_loss_mult` times the MSE of hidden state `hidden_loss_layer` (of the L + 1 of them; -2
     is the input of the last layer); "lm": cross-entropy of the next token. `train` "qkv", "norms" or "full" (freeze).
     `share_lower` false runs the lower half twice, as the authors' code does: same result, for comparison.
-    `compute_dtype` "bf16" runs the forward passes in autocast; trained weights stay as they are.
+    `compute_dtype` "bf16" runs the forward passes in autocast. Weights that are trained are held in fp32 meanwhile: of a
+    model in half precision they are rounded back at the end, and it is run in bf16 autocast whatever `compute_dtype` is.
     """
 
     steps: int = 150
@@ -129,32 +131,33 @@ def distill(
     # what is shared with the teacher and trained needs a teacher of its own, taken before any step
     teacher = None if settings.train == "qkv" else copy.deepcopy(model.model.layers[split.num_key_value_layers :])
     parameters = freeze(model, settings.train)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=parameters[0].is_cuda,
-    )
-    run = _Distillation(model, settings, data, teacher, optimizer, parameters, evaluate, on_step)
-    model.eval()
-    if folder is None:
-        run.loop(0, lambda step: None)
-    else:
-        run.made_of = {"base": base_id(model), "data": data_id or _data_id(data)}
-        with CheckpointStore(folder) as store:
-            first = 0
-            if not resume:
-                store.clear()
-            elif (saved := load_latest(folder, "torch")) is not None:
-                run.restore(saved.arrays, saved.state, folder)
-                first = saved.step
+    made_of = {} if folder is None else {"base": base_id(model), "data": data_id or _data_id(data)}
+    with _in_single(parameters):
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=parameters[0].is_cuda,
+        )
+        run = _Distillation(model, settings, data, teacher, optimizer, parameters, evaluate, on_step, made_of)
+        model.eval()
+        if folder is None:
+            run.loop(0, lambda step: None)
+        else:
+            with CheckpointStore(folder) as store:
+                first = 0
+                if not resume:
+                    store.clear()
+                elif (saved := load_latest(folder, "torch")) is not None:
+                    run.restore(saved.arrays, saved.state, folder)
+                    first = saved.step
 
-            def keep(step: int) -> None:
-                if step % checkpoint_every == 0 or step == settings.steps:
-                    store.save(step, *run.snapshot())
+                def keep(step: int) -> None:
+                    if step % checkpoint_every == 0 or step == settings.steps:
+                        store.save(step, *run.snapshot())
 
-            run.loop(first, keep)
+                run.loop(first, keep)
     if settings.train != "qkv":
         drop_teacher(model)
     return run.history
@@ -165,8 +168,7 @@ def step_loss(model: Any, batch: Batch, settings: DistillConfig, teacher: Any = 
     split = SwiftKVConfig.of(model.config)
     inner = model.model
     ids = batch.input_ids
-    autocast = torch.autocast(ids.device.type, torch.bfloat16) if settings.compute_dtype == "bf16" else nullcontext()
-    with autocast:
+    with _autocast(model, settings.compute_dtype):
         with torch.no_grad():
             lower, masks, rope, positions = lower_half(model, batch)
             theirs: list[Tensor] = []
@@ -184,6 +186,28 @@ def step_loss(model: Any, batch: Batch, settings: DistillConfig, teacher: Any = 
         ours = inner.student_upper(lower, masks, rope, checkpointed=settings.gradient_checkpointing)
         ours[-1] = inner.norm(ours[-1])
         return _loss(model, ours, theirs, batch, settings, split)
+
+
+def _autocast(model: Any, compute_dtype: str = "model") -> Any:
+    weight = model.model.embed_tokens.weight
+    if compute_dtype == "bf16" or weight.dtype in HALF:
+        return torch.autocast(weight.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def _in_single(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, half precision parameters are fp32: an update of 2e-4 of a number is lost to bf16's 8 bits."""
+    before = [parameter.dtype for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.float32 if parameter.dtype in HALF else parameter.dtype)
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(parameters, before, strict=True):
+            if parameter.dtype != dtype:
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtype)
 
 
 def _loss(
@@ -207,13 +231,11 @@ def _loss(
     if settings.hidden_loss_mult > 0:
         states = split.num_hidden_layers + 1
         index = settings.hidden_loss_layer % states
-        if not -states <= settings.hidden_loss_layer < states or index <= split.num_key_value_layers:
-            raise InputError(
-                f"expected hidden_loss_layer of {states} hidden states, after the {split.num_key_value_layers + 1} "
-                f"that teacher and student share, got {settings.hidden_loss_layer}"
-            )
+        if not -states <= settings.hidden_loss_layer < states:
+            raise InputError(f"expected hidden_loss_layer of {states} hidden states, got {settings.hidden_loss_layer}")
         at = index - split.num_key_value_layers - 1
-        loss = loss + settings.hidden_loss_mult * F.mse_loss(ours[at].float(), theirs[at].float())
+        if at >= 0:  # up to h_l the states are shared, and nothing apart
+            loss = loss + settings.hidden_loss_mult * F.mse_loss(ours[at].float(), theirs[at].float())
     return loss
 
 
@@ -247,12 +269,13 @@ class _Distillation:
         parameters: list[nn.Parameter],
         evaluate: Callable[[Any], dict[str, float]] | None,
         on_step: Callable[[int, float], None],
+        made_of: dict[str, str],
     ) -> None:
         self.model, self.settings, self.data, self.teacher = model, settings, data, teacher
         self.optimizer, self.parameters, self.evaluate, self.on_step = optimizer, parameters, evaluate, on_step
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.history = History()
-        self.made_of: dict[str, str] = {}
+        self.made_of = made_of
 
     def loop(self, first: int, keep: Callable[[int], None]) -> None:
         """Steps `first` to the last; `keep` is called after each."""
@@ -282,7 +305,8 @@ class _Distillation:
     def score(self, step: int) -> None:
         if self.evaluate is not None:
             self.history.evaluated.append(step)
-            self.history.scores.append(self.evaluate(self.model))
+            with _autocast(self.model):
+                self.history.scores.append(self.evaluate(self.model))
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Trained weights and optimizer state; the frozen ones are the base model's."""
