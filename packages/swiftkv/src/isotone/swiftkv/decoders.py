@@ -50,7 +50,9 @@ class Decoder:
             self.cache.room(row, 1)
         positions = torch.tensor(self.cache.lengths, device=self.cache.device)
         if self.mode == "compile":
-            logits = self._step(self.model, tokens, positions, self.cache, self.cache.max_length, False, self.projection)
+            logits = self._step(
+                self.model, tokens, positions, self.cache, self.cache.max_length, False, self.projection
+            )
         else:  # pragma: no cover - needs a GPU
             logits = self._graph(tokens, positions)
         self.cache.lengths = [length + 1 for length in self.cache.lengths]
@@ -73,7 +75,9 @@ class _Graph:  # pragma: no cover - needs a GPU
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph), torch.no_grad():
-            self.logits = engine.decode_step(model, self.tokens, self.positions, cache, cache.max_length, False, projection)
+            self.logits = engine.decode_step(
+                model, self.tokens, self.positions, cache, cache.max_length, False, projection
+            )
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.tokens.copy_(tokens)
