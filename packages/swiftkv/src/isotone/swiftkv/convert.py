@@ -29,9 +29,10 @@ def convert(model: Any, num_key_value_layers: int, key_value_group_size: int = 1
     """The swift model of `model` (Llama, Mistral, Qwen2, Qwen3 or DeepSeek-V2), in eval mode, teacher included.
 
     The weights are taken over, not copied: `model` shares them with the result, whose parameters are frozen but for the
-    new ones. The new projections are the result's alone: `model` stays as it was and may be converted again. Raises `InputError` on l or g that do not fit, a family that is not supported, a model that is
-    converted already or quantised, biases that only some layers of a group have, RoPE that depends on the length, and
-    weights that are not finite.
+    new ones. The new projections are the result's alone: `model` stays as it was and may be converted again. Raises
+    `InputError` on l or g that do not fit, a family that is not supported, a model that is converted already or
+    quantised, biases that only some layers of a group have, RoPE that depends on the length, and weights that are not
+    finite.
     """
     base = model.config
     name = str(base.model_type)

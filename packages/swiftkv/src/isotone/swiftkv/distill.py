@@ -43,8 +43,8 @@ class DistillConfig:
     of the logits plus `hidden_loss_mult` times the MSE of hidden state `hidden_loss_layer` (of the L + 1 of them; -2
     is the input of the last layer); "lm": cross-entropy of the next token. `train` "qkv", "norms" or "full" (freeze).
     `share_lower` false runs the lower half twice, as the authors' code does: same result, for comparison.
-    `compute_dtype` "bf16" runs the forward passes in autocast. Weights that are trained are held in fp32 meanwhile: of a
-    model in half precision they are rounded back at the end, and it is run in bf16 autocast whatever `compute_dtype` is.
+    `compute_dtype` "bf16" runs the forward passes in autocast. Weights that are trained are held in fp32 meanwhile: of
+    a model in half precision they are rounded back at the end, and it runs in bf16 autocast whatever `compute_dtype`.
     """
 
     steps: int = 150
@@ -167,7 +167,6 @@ def step_loss(model: Any, batch: Batch, settings: DistillConfig, teacher: Any = 
     """The loss of one batch, with its graph. `teacher`: upper layers to use instead of the model's own."""
     split = SwiftKVConfig.of(model.config)
     inner = model.model
-    ids = batch.input_ids
     with _autocast(model, settings.compute_dtype):
         with torch.no_grad():
             lower, masks, rope, positions = lower_half(model, batch)
