@@ -35,7 +35,7 @@ class Batch:
 Batches = Callable[[int], Batch]
 
 
-def fingerprint(*parts: Tensor | str | float | None) -> str:
+def fingerprint(*parts: Tensor | str | int | float | None) -> str:
     """The SHA-256 of tensors (type, shape and bytes) and settings: what a checkpoint says its run was made of."""
     digest = hashlib.sha256()
     for part in parts:
