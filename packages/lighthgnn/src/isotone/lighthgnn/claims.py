@@ -328,7 +328,7 @@ def _arms(results: dict[str, Any]) -> list[Measurement]:
             for arm in runs[0]["accuracy"]:
                 values = [run["accuracy"][arm] for run in runs]
                 found.append(reported(f"{kind} {name}", arm, values, ""))
-    words = {"tran": "observed", "trans": "observed", "ind": "unseen", "prod": "all test vertices"}
+    words = {"trans": "observed", "ind": "unseen", "prod": "all test vertices"}
     for name, runs in results.get("production", {}).items():
         for arm in runs[0]:
             for setting in runs[0][arm]:

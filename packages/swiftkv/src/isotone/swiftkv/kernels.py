@@ -7,7 +7,6 @@ program is one token, one group, one head. On a CPU, and where the kernel does n
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +23,6 @@ except ImportError:  # pragma: no cover - there is a Triton on Linux
     HAVE_TRITON = False
 
 FUSED_DTYPES = ("model", "fp32", "fp16", "bf16", "fp8", "int8")
-
-
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def can_write(projected: Tensor, rope: Any, cache: SwiftKVCache, key_norm: Tensor | None) -> bool:
