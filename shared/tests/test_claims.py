@@ -8,7 +8,6 @@ import html.parser
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -22,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isotone.shared import checkpoint, claims
-from isotone.shared.claims import ArmLog, Claim, Measurement, Ratio, Report
+from isotone.shared._words import quantity
+from isotone.shared.claims import Claim, Measurement, Ratio, Report
 from isotone.shared.errors import InputError
 
 HELD = Claim("steps", "Fewer steps [than] Muon | <b>", "Table 2", "%", 21.74, 5.0, "min")
@@ -276,7 +276,7 @@ def test_terminal_table() -> None:
     ],
 )
 def test_figures_are_rounded_for_readers(value: Any, spread: Any, expected: str) -> None:
-    assert claims._figure(value, spread) == expected
+    assert quantity(value, spread) == expected
 
 
 def test_markdown() -> None:
@@ -409,80 +409,6 @@ def test_page_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     verdicts = ["held", "not held", "not at this scale"]
     assert sorted(seen["pills"]) == sorted([*verdicts * 2, "held", "not held", "reported"])
     assert seen["width"] == width and seen["overflow"] <= 0, "nothing is wider than the screen"
-
-
-def test_arms_are_not_run_again(tmp_path: Path) -> None:
-    config = {"scale": "cpu", "seeds": (0, 1), "folder": tmp_path}
-    runs: list[str] = []
-
-    def arm(name: str) -> dict[str, Any]:
-        runs.append(name)
-        return {"loss": np.float64(0.1), "curve": np.array([1.5, math.inf]), "pair": (1, 2)}
-
-    expected = {"loss": 0.1, "curve": [1.5, math.inf], "pair": [1, 2]}
-    for resume in (False, True, True):
-        log = ArmLog(tmp_path, config, resume=resume)
-        assert [log.arm(name, lambda name=name: arm(name)) for name in ("a", "b")] == [expected] * 2
-    assert runs == ["a", "b"] and log.seconds > 0
-    ArmLog(tmp_path, {**config, "scale": "smoke"}, resume=True).arm("a", lambda: arm("a"))
-    assert runs == ["a", "b", "a"] and len(list((tmp_path / "arms").iterdir())) == 3
-    ArmLog(tmp_path, config, resume=False)
-    assert len(list((tmp_path / "arms").iterdir())) == 1, "fresh forgets the arms of its own config only"
-
-
-def test_failed_and_damaged_arms_are_run_again(tmp_path: Path) -> None:
-    log = ArmLog(tmp_path, {}, resume=True)
-    with pytest.raises(ZeroDivisionError):
-        log.arm("a", lambda: {"x": 1 / 0})
-    with pytest.raises(TypeError, match="expected what JSON can say"):
-        log.arm("a", lambda: {"x": object()})
-    assert not list((tmp_path / "arms").iterdir())
-    log.arm("a", lambda: {"x": 1})
-    (stored,) = (tmp_path / "arms").iterdir()
-    assert re.fullmatch(r"[0-9a-f]{64}\.json", stored.name)
-    for damage in ("", '{"result": {"x": 1', "[]", "{}"):
-        stored.write_text(damage)
-        assert log.arm("a", lambda: {"x": 2}) == {"x": 2}
-    assert log.arm("a", lambda: {"x": 3}) == {"x": 2}
-
-
-def test_commit_and_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "src" / "isotone" / "gitted"
-    source.mkdir(parents=True)
-    (source / "__init__.py").write_text("__version__ = '1.2.3'\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "src"))
-    monkeypatch.delitem(sys.modules, "isotone.gitted", raising=False)
-    report = reproduce()
-    report.package = "gitted"
-
-    def code() -> tuple[Any, Any, Any]:
-        report.__dict__.pop("origin", None)
-        return tuple(report.to_json()[key] for key in ("version", "commit", "dirty"))
-
-    def git(*arguments: str) -> str:
-        names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        command = ["git", "-C", str(tmp_path), *arguments]
-        environment = {**os.environ, **names, "GIT_CONFIG_GLOBAL": os.devnull}
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
-
-    assert code()[1:] == (None, None)
-    git("init")
-    (tmp_path / "other.txt").write_text("a")
-    git("add", "other.txt")
-    git("commit", "-m", "someone else's")
-    assert code()[1:] == (None, None), "installed inside a checkout that does not track it"
-    git("add", "src")
-    git("commit", "-m", "ours")
-    commit = git("rev-parse", "HEAD")
-    assert code()[1:] == (commit, False)
-    (tmp_path / "other.txt").write_text("b")
-    assert code()[1:] == (commit, False), "what is not its source does not make it dirty"
-    (source / "new.py").write_text("")
-    assert code()[1:] == (commit, True)
-    import isotone.gitted  # noqa: F401
-
-    assert code() == ("1.2.3", commit, True)
-    monkeypatch.delitem(sys.modules, "isotone.gitted")
 
 
 MODULES = "claims data checkpoint bench seeding progress device errors cli".split()

@@ -6,32 +6,40 @@ The JSON is schema 1, which `validate` defines. A results file names no path of 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from isotone.shared._arms import ArmLog
+from isotone.shared._origin import code
+from isotone.shared._plot import figure, save_figure
 from isotone.shared._schema import CLAIM, HEAD, RATIO, reaches, validate
+from isotone.shared._words import duration, markdown_cell, quantity
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
 __all__ = [
-    *("ArmLog", "Claim", "Measurement", "Ratio", "Report"),
-    *("figure", "html_page", "is_result", "rewrite_readme", "validate"),
+    "ArmLog",
+    "Claim",
+    "Measurement",
+    "Ratio",
+    "Report",
+    "figure",
+    "html_page",
+    "is_result",
+    "rewrite_readme",
+    "validate",
 ]
 
 SCHEMA = 1
@@ -151,7 +159,7 @@ class Report:
         option = f"--scale {self.scale}" if self.kind == "reproduce" else "--device "
         option += {"cpu": "cpu", "gpu": "cuda"}[self.scale] if self.kind == "bench" else ""
         return {
-            **_code(self.package),
+            **code(self.package),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": f"isotone {self.package} {self.kind} {option}",
             "machine": machine(self.framework),
@@ -184,8 +192,8 @@ class Report:
         folder = Path(folder)
         document = self.to_json()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in self.figures.items():
-            _save_figure(figure, folder / f"{self.name}-{name}.png")
+        for name, drawing in self.figures.items():
+            save_figure(drawing, folder / f"{self.name}-{name}.png")
         for old in set(_plots(folder, self.name)) - {folder / f"{self.name}-{name}.png" for name in self.figures}:
             old.unlink()
         path = folder / f"{self.name}.json"
@@ -245,7 +253,7 @@ class Report:
                 continue
             verdict = f"**{verdict}**" if verdict == "not held" else verdict
             lines.append([*cells, f"{verdict} ({needed})" if needed else verdict])
-        table = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
         return f"{table}\n\n`{self.origin['command']}`: {self.conditions()}."
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
@@ -255,19 +263,19 @@ class Report:
             return header, [
                 [
                     item.work,
-                    f"{item.ours}: {_figure(item.ours_value, unit=item.unit)}",
-                    f"{item.peer} {item.peer_version}: {_figure(item.peer_value, unit=item.unit)}",
-                    _figure(item.ratio) + " ×",
+                    f"{item.ours}: {quantity(item.ours_value, unit=item.unit)}",
+                    f"{item.peer} {item.peer_version}: {quantity(item.peer_value, unit=item.unit)}",
+                    quantity(item.ratio) + " ×",
                     item.verdict,
-                    "" if item.target is None else f"≥ {_figure(item.target)}",
+                    "" if item.target is None else f"≥ {quantity(item.target)}",
                 ]
                 for item in self.ratios
             ]
         return ["claim", "paper", "measured", "verdict"], [
             [
                 f"{item.claim.statement} ({item.claim.source})",
-                _figure(item.claim.paper, unit=item.claim.unit),
-                _figure(item.measured, item.spread, item.claim.unit),
+                quantity(item.claim.paper, unit=item.claim.unit),
+                quantity(item.measured, item.spread, item.claim.unit),
                 item.verdict,
                 _threshold(item) if item.held is not None else "",
             ]
@@ -280,91 +288,13 @@ class Report:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}" if self.seeds else ""
         where = machine["gpu"] if self.scale == "gpu" and machine["gpu"] else machine["cpu"] or "unknown CPU"
         cores = f"{machine['cores']} cores of " if where == machine["cpu"] and machine["cores"] else ""
-        parts = [seeds, _duration(self.seconds), cores + where, f"{self.framework} {machine[self.framework]}"]
+        parts = [seeds, duration(self.seconds), cores + where, f"{self.framework} {machine[self.framework]}"]
         return ", ".join(part for part in parts if part)
-
-
-class ArmLog:
-    """The finished arms of an experiment, so that a run that was killed goes on where it stopped.
-
-    An arm is known by its name and `config` (whatever its result depends on: the package's version too, if it
-    should be run again after an upgrade). With `resume` false the stored arms of this `config` are deleted.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any], resume: bool) -> None:
-        self.folder = Path(folder) / "arms"
-        self.config = json.loads(_arm_json(config))
-        self.seconds = 0.0
-        """What the arms taken so far took to run, in this process or an earlier one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for path in self.folder.glob("*.json"):
-                if (stored := _stored_arm(path)) is None or stored["config"] == self.config:
-                    path.unlink()
-
-    def arm(self, name: str, function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The result of `function()`, run now or, where this arm is finished, earlier.
-
-        Either way it is what JSON gives back: tuples are lists, NumPy's scalars and arrays numbers and lists.
-        """
-        key = hashlib.sha256(_arm_json({"name": name, "config": self.config}).encode()).hexdigest()
-        path = self.folder / f"{key}.json"
-        stored = _stored_arm(path)
-        if stored is None:
-            start = time.monotonic()
-            result = function()
-            record = {
-                "name": name,
-                "config": self.config,
-                "result": result,
-                "seconds": time.monotonic() - start,
-            }
-            text = _arm_json(record)
-            atomic_write(path, text.encode())
-            stored = json.loads(text)
-        self.seconds += stored["seconds"]
-        return stored["result"]
 
 
 def is_result(path: str | os.PathLike[str]) -> bool:
     """Whether the file is named as results are: reproduce-SCALE.json or bench-DEVICE.json."""
     return bool(_RESULT.fullmatch(Path(path).name))
-
-
-def figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (7.0, 4.2)) -> tuple[Figure, Axes]:
-    """An empty plot in the house's style: eight colours that the colour-blind can tell apart, no frame.
-
-    `size` in inches. The figure belongs to no window system and to no global state of matplotlib.
-    """
-    from matplotlib import rc_context, rcsetup
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Okabe and Ito's colours, the yellow last, which is faint on white
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-    grey = "#555555"
-    style: Any = {
-        "axes.prop_cycle": rcsetup.cycler(color=colours),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": grey,
-        "axes.labelcolor": "#222222",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e6e6e6",
-        "xtick.color": grey,
-        "ytick.color": grey,
-        "font.size": 11,
-        "axes.titlesize": 13,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 12,
-    }
-    with rc_context(style):
-        drawing = Figure(figsize=size, layout="constrained", facecolor="white")
-        FigureCanvasAgg(drawing)
-        axes = drawing.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
-    return drawing, axes
 
 
 def rewrite_readme(path: str | os.PathLike[str]) -> str:
@@ -429,117 +359,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"expected strict JSON, got {name}")
 
 
-def _code(package: str) -> dict[str, Any]:
-    """Version, commit and dirty of the installed package.
-
-    The commit is null where the package's files are not git's (a wheel installed inside some checkout is in a
-    folder that git has, but is not tracked). Dirty means that source differs from the commit: the package's, or
-    that of isotone.shared beside it.
-    """
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed_version
-    from importlib.util import find_spec
-
-    module = "isotone." + package.replace("-", "_")
-    version = getattr(sys.modules.get(module), "__version__", None)
-    if version is None:
-        try:
-            version = installed_version(f"isotone-{package}")
-        except PackageNotFoundError:
-            pass
-    spec = find_spec(module)
-    if spec is None or not spec.origin:
-        return {"version": version, "commit": None, "dirty": None}
-    source, shared = Path(spec.origin).resolve(), Path(__file__).resolve()
-    commit = _git(source.parent, "rev-parse", "--verify", "HEAD")
-    if not commit or not _git(source.parent, "ls-files", source.name):
-        return {"version": version, "commit": None, "dirty": None}
-    folders = [folder for folder in (source.parent, shared.parent) if _git(folder, "rev-parse", "HEAD") == commit]
-    dirty = any(_git(folder, "status", "--porcelain", ".") != "" for folder in folders)
-    return {"version": version, "commit": commit, "dirty": dirty}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints in `folder`, or None where it fails or is not there."""
-    # inside a hook, git's own variables would name another repository
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    try:
-        command = ["git", "-C", str(folder), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def _plots(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{name}-*.png"))
 
 
-def _save_figure(drawing: Figure, path: Path) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    # without the version of matplotlib, the same figure is the same file
-    drawing.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    atomic_write(path, buffer.getvalue())
-    if pyplot := sys.modules.get("matplotlib.pyplot"):
-        pyplot.close(drawing)
-
-
-def _figure(value: float | str | None, spread: float | None = None, unit: str = "") -> str:
-    """A figure as a reader wants it: four digits, or as many as its spread leaves standing."""
-    if value is None or isinstance(value, str):
-        return value or "–"
-    shown = _number(value)
-    if spread is not None:
-        shown = f"{shown} ± {_number(spread)}"
-        decimals = 1 - math.floor(math.log10(spread)) if spread > 0 else 0
-        if spread > 0 and decimals <= 6 and abs(value) < 1e6:
-            shown = f"{value:,.{max(0, decimals)}f} ± {spread:,.{max(0, decimals)}f}"
-    return f"{shown} {unit}".rstrip()
-
-
-def _number(value: float) -> str:
-    size = abs(value)
-    if value == int(value) and size < 1e6:
-        return f"{int(value):,}"
-    if 1000 <= size < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if 1e-3 <= size < 1000 else f"{value:.3g}"
-
-
 def _threshold(item: Measurement) -> str:
     sign = "≥" if item.claim.direction == "min" else "≤"
-    return f"{sign} {_figure(item.claim.threshold, unit=item.claim.unit)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _arm_json(value: Any) -> str:
-    def default(thing: Any) -> Any:
-        if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-            return dataclasses.asdict(thing)
-        if hasattr(thing, "tolist"):
-            return thing.tolist()
-        if isinstance(thing, os.PathLike):
-            return os.fspath(thing)
-        raise TypeError(f"expected what JSON can say, got {type(thing).__name__}: {thing!r}")
-
-    return json.dumps(value, sort_keys=True, default=default)
-
-
-def _stored_arm(path: Path) -> dict[str, Any] | None:
-    """The record in `path`, or None where there is none that can be read."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored if {"name", "config", "result", "seconds"} <= set(stored) else None
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    return f"{sign} {quantity(item.claim.threshold, unit=item.claim.unit)}"
