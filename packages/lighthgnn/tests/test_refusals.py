@@ -11,6 +11,7 @@ from problem import EDGES, MADE, Fixed
 
 import isotone.lighthgnn
 from isotone.lighthgnn import (
+    CompiledStudent,
     DistillConfig,
     HighOrderConstraint,
     Hypergraph,
@@ -67,6 +68,8 @@ def test_every_annotation_can_be_read():
         (lambda: as_features([1.0, 2.0]), "N x d"),
         (lambda: as_features([["a"]]), "numbers"),
         (lambda: LightMLP(3).predict([[1.0, 2.0]]), "expected 3 features, the student's own, got 2"),
+        (lambda: CompiledStudent(LightMLP(3))(torch.ones(1, 2)), "expected 3 features, the student's own, got 2"),
+        (lambda: make_teacher("hgnn", 3, 2)(torch.ones(2, 2), Hypergraph(2, [[0, 1]])), "the teacher's own, got 2"),
         (lambda: reliable_hyperedge_scores(Fixed(), torch.ones(7, 2), Hypergraph(7, EDGES), samples=0), "draw"),
         (lambda: reliable_hyperedge_scores(Fixed(), torch.ones(7, 2), Hypergraph(7, EDGES), normalize="x"), "max"),
     ],

@@ -180,7 +180,9 @@ class CompiledStudent:
         return torch.addmm(bias, X, weight, out=buffers[-1])
 
     def __call__(self, X: Float[Tensor, "B d"] | SparseMatrix) -> Float[Tensor, "B C"]:
-        """Logits."""
+        """Logits. Raises `InputError` on another number of features."""
+        if X.shape[1] != self._maps[0][0].shape[0]:
+            raise InputError(f"expected {self._maps[0][0].shape[0]} features, the student's own, got {X.shape[1]}")
         if isinstance(X, SparseMatrix):
             weight, bias = self._maps[0]
             hidden = X @ weight + bias

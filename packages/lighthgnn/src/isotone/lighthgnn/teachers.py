@@ -80,7 +80,12 @@ class Teacher(nn.Module):
         return [structure] * len(self.layers)
 
     def embed(self, X: Features, structure: Any) -> Float[Tensor, "N hidden"]:
-        """The hidden layer before the last convolution: what the topology-aware score looks at."""
+        """The hidden layer before the last convolution: what the topology-aware score looks at.
+
+        Raises `InputError` on another number of features.
+        """
+        if X.shape[1] != self.config["in_channels"]:
+            raise InputError(f"expected {self.config['in_channels']} features, the teacher's own, got {X.shape[1]}")
         hidden: Any = X
         for layer, part in zip(self.layers[:-1], self.structures(structure), strict=False):
             hidden = layer(hidden, part)
