@@ -70,6 +70,17 @@ def test_int4_is_off_by_about_half_a_step(states):
     assert (error <= (step * (0.5 + 16 * 2**-10) + low.abs() * 2**-10 + 1e-4).unsqueeze(-1)).all()
 
 
+def test_int4_saturates_beyond_half_precision():
+    """A number out of fp16's range costs its own group its accuracy, and nobody a NaN."""
+    codec = Codec("int4", 64, torch.float32)
+    states = torch.linspace(-1, 1, 64).repeat(3, 1)
+    states[0, 3], states[1, 3], states[2, 40] = 1e5, -1e5, 3e6
+    found = codec.decode(codec.encode(states), torch.float32)
+    assert found.isfinite().all()
+    assert float(found[0, 3]) == pytest.approx(1e5, rel=1e-2) and float(found[1, 3]) == pytest.approx(-65504, rel=1e-2)
+    assert (found[:2, 32:] - states[:2, 32:]).abs().max() < 0.05 and (found[2, :32] - states[2, :32]).abs().max() < 0.05
+
+
 @settings(deadline=None, max_examples=40)
 @given(vectors(8), st.floats(0.01, 100.0))
 def test_fp8_saturates_and_keeps_three_bits(states, scale):

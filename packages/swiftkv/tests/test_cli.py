@@ -4,13 +4,17 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from models import make
 
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.shared.testing import run_cli
-from isotone.swiftkv import bench, benchmark, convert, drop_teacher, kv_bytes, reproduce, speedup_bound
+from isotone.swiftkv import bench, benchmark, cli, convert, drop_teacher, kv_bytes, reproduce, speedup_bound
 from isotone.swiftkv.cli import app
+from isotone.swiftkv.data import pack
+from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
+from isotone.swiftkv.modeling import load
 from isotone.swiftkv.profiling import throughput
 
 
@@ -115,6 +119,42 @@ def test_conversations_are_packed_and_only_answers_count(folder):
     assert said["steps"] == 4
     config = json.loads((folder / "e" / "model" / "config.json").read_text())
     assert config["teacher_weights"] is False, "a trained teacher is not saved"
+
+
+def test_an_answer_begins_no_text_and_ends(folder, tmp_path):
+    """With a tokenizer that puts a token before a text: once, before the prompt; the answer is closed."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "what", "is", "it", "one", "two"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="it"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"prompt": "what is it", "completion": "one two"}))
+    (found,) = cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+    assert found == ([0, 2, 3, 4, 5, 6, 1], [-100] * 4 + [5, 6, 1])
+
+
+def test_held_out_rows_are_scored_as_they_are_trained_and_never_trained(folder):
+    swift = load(folder / "swift")
+    training, held, _ = cli._batches(folder / "talk.jsonl", folder / "swift", swift, 4, 48, 0, 0.0)
+    rows = pack(cli._examples(folder / "talk.jsonl", folder / "swift", swift), 48)
+    cut = len(rows) * 9 // 10
+    for ours, row in zip(held, rows[cut:], strict=True):
+        assert all(torch.equal(getattr(ours, k), getattr(row, k)) for k in ("input_ids", "labels", "position_ids"))
+    scored = {tuple(row.input_ids[0].tolist()) for row in held}
+    assert all(tuple(row) not in scored for step in range(20) for row in training(step).input_ids.tolist())
+    # by hand: only labelled tokens, at the packed positions
+    row = held[0]
+    with torch.no_grad():
+        logits = swift(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0, :-1]
+    asked = row.labels[0, 1:] != -100
+    wanted = torch.nn.functional.cross_entropy(logits[asked], row.labels[0, 1:][asked])
+    found = fidelity(student_logits(swift), teacher_logits(swift), [row])
+    assert found["cross_entropy"] == pytest.approx(float(wanted), rel=1e-5)
+    with pytest.raises(InputError, match="at least 2 rows"):
+        cli._batches(folder / "talk.jsonl", folder / "swift", swift, 4, 5000, 0, 0.0)
 
 
 def test_numbers_without_training(folder):

@@ -173,6 +173,12 @@ def test_slots():
     assert [split.owner(j) for j in range(8)] == [0, 1, 2, 3, 4, 4, 6, 6]
 
 
+@pytest.mark.parametrize("numbers", [(6, 2.0), (6, 2, 2.0), (6, True)])
+def test_a_split_is_of_whole_numbers(numbers):
+    with pytest.raises((InputError, TypeError)):  # TypeError from the checks of annotations, where they are on
+        SwiftKVConfig(*numbers)
+
+
 def test_forward_refusals():
     model = convert(make(), 2)
     with pytest.raises(InputError, match="output_attentions"):

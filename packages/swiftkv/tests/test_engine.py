@@ -254,7 +254,19 @@ def test_transformers_cache_holds_a_group_once():
         (lambda m, c: prefill(m, ids(2, 4), c, position_ids=torch.tensor([[0, 1, 2, 4]] * 2)), "position_ids"),
         (lambda m, c: prefill(m, ids(2, 4), c, chunk=0), "prefill_chunk"),
         (lambda m, c: prefill(m, ids(2, 40), c), "at most 8"),
-        (lambda m, c: extend(m, ragged([3, 3]), c, keep=4), "surviving"),
+        (lambda m, c: prefill(m, ids(2, 4), c, chunk=True), "prefill_chunk"),
+        (lambda m, c: prefill(m, ids(2, 4).double(), c), "whole numbers"),
+        (lambda m, c: extend(m, ragged([3, 3]), c, keep=4), "survivors"),
+        (lambda m, c: extend(m, ragged([3, 3]), c, keep=[1]), "1 numbers"),
+        (lambda m, c: extend(m, ragged([3]), c, rows=[-1]), "from 0 to 1"),
+        (lambda m, c: extend(m, ragged([3]), c, rows=[2]), "from 0 to 1"),
+        (lambda m, c: extend(m, ragged([3, 3]), c, rows=[0, 0]), "different rows"),
+        (lambda m, c: extend(m, ragged([3, 3, 3]), c), "different rows"),
+        (lambda m, c: extend(m, ragged([3, 3]), c, rows=[0]), "1 rows"),
+        (lambda m, c: extend(m, [], c), "at least one prompt"),
+        (lambda m, c: extend(m, [ids(1, 3)[0] + 97], c), "0 to 96"),
+        (lambda m, c: decode(m, torch.tensor([1]), c), "each of the cache's 2 rows"),
+        (lambda m, c: Decoder(m, c)(torch.tensor([1])), "each of the cache's 2 rows"),
         (lambda m, c: prefill(m, ids(2, 4), make_cache(convert(make(), 2, 2), 2, 8)), "expected a cache for"),
         (lambda m, c: make_cache(m, 0, 8), "at least 1 row"),
         (lambda m, c: make_cache(m, 1, 8, "int3"), "int3"),
@@ -267,6 +279,18 @@ def test_refusals(call, words):
     model = convert(make(), 2, 1)
     with pytest.raises(InputError, match=words):
         call(model, make_cache(model, 2, 8))
+
+
+def test_a_pass_that_fails_adds_nothing_to_the_cache():
+    model = shaken(convert(make(), 2, 2))
+    row = ids(1, 9)[0]
+    cache = make_cache(model, 1, 9)
+    handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        extend(model, [row], cache, chunk=4)
+    handle.remove()
+    assert cache.lengths == [8], "two chunks were whole, the last was not"
+    close(extend(model, [row[8:]], cache), full(model, [row]))
 
 
 def test_wrong_positions_are_found_after_a_past():

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, ids, make
 from safetensors.torch import load_file, save_file
 from test_engine import shaken
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVForCausalLM, convert, drop_teacher, export_arctic, load
@@ -19,7 +19,7 @@ def logits(model):
         return model(input_ids=ids(2, 9)).logits
 
 
-@pytest.mark.parametrize("number, family", enumerate(FAMILIES))
+@pytest.mark.parametrize("number, family", list(enumerate(FAMILIES)))
 def test_round_trip_is_bitwise(number, family, tmp_path):
     export = ("swift", "dual")[number % 2]  # each family of several variants has both
     model = shaken(convert(make(family), 2, 2))
@@ -40,6 +40,33 @@ def test_round_trip_is_bitwise(number, family, tmp_path):
     names = set(load_file(tmp_path / "model.safetensors"))
     teacher = {n for n in names if ".3.self_attn." in n and "_swiftkv" not in n and ".o_proj." not in n}
     assert bool(teacher) == (export == "dual")
+
+
+def test_given_weights_are_saved_and_the_bare_model_loads(tmp_path):
+    """`state_dict=` is how transformers' Trainer saves; `AutoModel` is how encoders and reward models load."""
+    model = shaken(convert(make(), 2, 2))
+    given = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=given, export="swift")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved and all(torch.equal(tensor, given[name]) for name, tensor in saved.items())
+    assert not any(name.endswith("layers.3.self_attn.q_proj.weight") for name in saved)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert type(bare) is type(model.model)
+    loaded = SwiftKVForCausalLM.from_pretrained(tmp_path).model
+    with torch.no_grad():
+        both = [one.eval()(input_ids=ids(1, 7)).last_hidden_state for one in (bare, loaded)]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=5e-6)
+
+
+def test_a_config_that_is_switched_off_names_the_remedy(tmp_path):
+    """The authors' configs say swiftkv = false, and their checkpoints have no teacher."""
+    convert(make(), 2, 2).save_pretrained(tmp_path, export="swift")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "swiftkv": False}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="config.swiftkv = True"):
+        loaded(input_ids=ids(1, 3))
+    assert logits(SwiftKVForCausalLM.from_pretrained(tmp_path)).isfinite().all()
 
 
 def test_key_names_are_the_authors(tmp_path):

@@ -4,7 +4,13 @@ import pytest
 import torch
 from compiled import shaken
 from models import ids, make
-from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import convert
@@ -160,6 +166,10 @@ def test_lookup_drafts_what_followed_last():
     "options, words",
     [
         ({"num_beams": 2}, "beam"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "own arguments"),
+        ({"position_ids": torch.arange(5)[None]}, "position_ids"),
+        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "inputs_embeds"),
+        ({"prefill_chunk": "8"}, "whole number"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache"),
@@ -185,5 +195,10 @@ def test_more_refusals():
         model.generate(ids(2, 5), prompt_lookup_num_tokens=2, **OPTIONS)
     with pytest.raises(InputError, match="vocabulary"):
         model.generate(ids(1, 5), assistant_model=make(vocab_size=8), **OPTIONS)
+    with pytest.raises(InputError, match="got both"):
+        model.generate(ids(1, 5), past_key_values=model.make_cache(1, 30), kv_dtype="int8", **OPTIONS)
+    for bad, words in ((ids(1, 5)[0], r"\(batch, n\)"), (ids(1, 5).float(), "whole numbers")):
+        with pytest.raises(InputError, match=words):
+            model.generate(bad, **OPTIONS)
     with pytest.raises(InputError, match="rows"):
         model.generate(ids(2, 5), past_key_values=model.make_cache(1, 30), **OPTIONS)

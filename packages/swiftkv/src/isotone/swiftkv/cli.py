@@ -401,8 +401,13 @@ def _batches(
 
     if text.suffix == ".jsonl":
         rows = pack(_examples(text, folder, model), context, fuse, seed)
-        held = rows[-max(1, len(rows) // 10) :]
-        kept = rows[: len(rows) - len(held)] or rows
+        cut = min(len(rows) * 9 // 10, len(rows) - 1)
+        if cut < 1:
+            raise InputError(
+                f"expected {str(text)!r} to fill at least 2 rows of --context {context} tokens, one to train on and "
+                f"one held out, got {len(rows)}"
+            )
+        kept, held = rows[:cut], rows[cut:]
 
         def packed(step: int) -> Batch:
             generator = torch.Generator().manual_seed(1_000_003 * seed + step)
@@ -411,7 +416,7 @@ def _batches(
             return Batch(*(torch.cat(part) for part in parts))  # type: ignore[arg-type]
 
         parts = (part for row in rows for part in (row.input_ids, row.labels, row.position_ids))
-        return packed, [row.input_ids.to(model.device) for row in held[:8]], fingerprint(batch, context, seed, *parts)
+        return packed, [row.to(model.device) for row in held[:8]], fingerprint(batch, context, seed, *parts)
     ids = _tokens(text, folder, model)
     cut = len(ids) * 9 // 10
     if len(ids) - cut < context:
@@ -424,8 +429,10 @@ def _batches(
 
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
-    from isotone.swiftkv.tokens import encode
+    from isotone.swiftkv.tokens import encode, tokenizer_of
 
+    tokenizer = tokenizer_of(folder)
+    end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for number, line in enumerate(_read(text).splitlines(), 1):
         if not line.strip():
@@ -436,12 +443,12 @@ def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], lis
         except (ValueError, KeyError, TypeError):
             raise InputError(f"expected prompt and completion on line {number} of {str(text)!r}") from None
         words = encode(asked, folder, model.config.vocab_size).tolist()
-        reply = encode(answered, folder, model.config.vocab_size).tolist()
+        reply = encode(answered, folder, model.config.vocab_size, starts=False).tolist() + end
         examples.append((words + reply, [-100] * len(words) + reply))
     return examples
 
 
-def _scores(held_out: list[torch.Tensor]) -> Any:
+def _scores(held_out: list[Any]) -> Any:
     from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
 
     return lambda model: fidelity(student_logits(model), teacher_logits(model), held_out)

@@ -28,6 +28,9 @@ class SwiftKVConfig:
 
     def __post_init__(self) -> None:
         layers, kept, group = self.num_hidden_layers, self.num_key_value_layers, self.key_value_group_size
+        for name, value in (("num_key_value_layers", kept), ("key_value_group_size", group)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"expected {name} to be a whole number, got {value!r}")
         if not 1 <= kept <= layers:
             raise InputError(f"expected num_key_value_layers from 1 to the model's {layers} layers, got {kept}")
         if group < 1 or (layers - kept) % group:

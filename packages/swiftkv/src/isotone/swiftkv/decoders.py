@@ -11,6 +11,7 @@ from torch import Tensor
 from isotone.shared.errors import InputError
 from isotone.swiftkv import engine
 from isotone.swiftkv.cache import SwiftKVCache
+from isotone.swiftkv.prompts import check_cache, check_tokens
 
 DECODE_MODES = ("eager", "compile", "cudagraph")
 
@@ -29,7 +30,7 @@ class Decoder:
         if mode == "cudagraph" and cache.device.type != "cuda":
             raise InputError(f"expected a GPU for decode_mode cudagraph, the model is on {cache.device.type}")
         self.model, self.cache, self.mode = model, cache, mode
-        engine.check_cache(model, cache)
+        check_cache(model, cache)
         # stacked once, outside of what is compiled
         upper = mode != "eager" and len(cache.split.upper) > 0
         self.projection = engine.KeyValueProjection(model, stacked=True) if upper else None
@@ -46,8 +47,7 @@ class Decoder:
         """The logits after one more token for every row."""
         if self.mode == "eager":
             return engine.decode(self.model, tokens, self.cache)
-        for row in range(self.cache.batch):
-            self.cache.room(row, 1)
+        check_tokens(tokens, self.cache)
         positions = torch.tensor(self.cache.lengths, device=self.cache.device)
         if self.mode == "compile":
             logits = self._step(

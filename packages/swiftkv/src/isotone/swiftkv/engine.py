@@ -24,8 +24,15 @@ from isotone.swiftkv.attention import Packed, Piece, attend
 from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.families import SWIFT, CacheSpec, Rope, keys_values, queries, rotate, take, window_of
-
-Prompt = Int[Tensor, " _"]  # any length: the prompts of one call differ
+from isotone.swiftkv.prompts import (
+    Prompt,
+    check_cache,
+    check_chunk,
+    check_extension,
+    check_positions,
+    check_tokens,
+    unpad,
+)
 
 
 def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model", **scales: Tensor) -> SwiftKVCache:
@@ -49,38 +56,6 @@ def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model",
     )
 
 
-def unpad(
-    input_ids: Int[Tensor, "batch n"],
-    attention_mask: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> list[Prompt]:
-    """The rows of a batch without their padding, which may stand left or right; `attention_mask` (batch, n).
-
-    Raises `InputError` on an empty prompt, a mask with holes, or an id outside the vocabulary.
-    """
-    if input_ids.numel() and vocab_size is not None:
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocab_size:
-            raise InputError(f"expected token ids from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"expected an attention_mask of shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        )
-    prompts = []
-    for number, row in enumerate(input_ids):
-        if attention_mask is not None:
-            kept = attention_mask[number].bool().nonzero().squeeze(-1)
-            if len(kept) and int(kept[-1] - kept[0]) != len(kept) - 1:
-                raise InputError(
-                    f"expected padding at the left or right end only, got a mask with holes in row {number}"
-                )
-            row = row[kept]
-        if len(row) == 0:
-            raise InputError(f"expected at least one token in every prompt, got an empty one in row {number}")
-        prompts.append(row)
-    return prompts
-
-
 def prefill(
     model: Any,
     input_ids: Int[Tensor, "batch n"],
@@ -99,7 +74,7 @@ def prefill(
     if len(prompts) != cache.batch:
         raise InputError(f"expected a prompt for each of the cache's {cache.batch} rows, got {len(prompts)}")
     if position_ids is not None:
-        _check_positions(position_ids.expand_as(input_ids), attention_mask, prompts, cache)
+        check_positions(position_ids.expand_as(input_ids), attention_mask, prompts, cache)
     return extend(model, prompts, cache, chunk=chunk)
 
 
@@ -117,15 +92,11 @@ def extend(
     `prompts[i]` goes to row `rows[i]` (default: i); its last `keep` tokens survive, in order, row after row. Prompts
     of any lengths, single tokens of rows that decode, and drafts to be verified go together in one call.
     """
+    check_cache(model, cache)
+    check_chunk(chunk)
     rows = range(len(prompts)) if rows is None else rows
     keeps = [keep] * len(prompts) if isinstance(keep, int) else list(keep)
-    if chunk is not None and chunk < 1:
-        raise InputError(f"expected prefill_chunk to be at least 1, got {chunk}")
-    check_cache(model, cache)
-    for row, prompt, kept in zip(rows, prompts, keeps, strict=True):
-        if not 0 <= kept <= len(prompt) or len(prompt) == 0:
-            raise InputError(f"expected from 0 to {len(prompt)} surviving tokens of row {row}, got {kept}")
-        cache.room(row, len(prompt))
+    check_extension(model, prompts, cache, rows, keeps)
     # stacked anew by every call, so that the weights are those of now; few tokens are not worth the copy
     tokens = sum(len(prompt) for prompt in prompts)
     upper = len(cache.split.upper) > 0
@@ -141,8 +112,9 @@ def extend(
             if alive < last:
                 survivors.append(Piece(row, start + alive - first, last - alive, cache.lengths[row] + alive - first))
             start += last - first
-            cache.lengths[row] += last - first
         found = _pass(model, torch.cat(ids), pieces, survivors, cache, projection)
+        for piece in pieces:  # once they are written: a pass that failed has added nothing
+            cache.lengths[piece.row] += piece.length
         if found is not None:
             logits.append(found)
     return torch.cat(logits) if logits else model.lm_head.weight.new_empty(0, model.config.vocab_size)
@@ -151,9 +123,8 @@ def extend(
 @torch.no_grad()
 def decode(model: Any, tokens: Int[Tensor, " batch"], cache: SwiftKVCache) -> Float[Tensor, "batch vocab"]:
     """One more token for every row of the cache: all L layers, the upper ones' keys and values again from h_l."""
-    for row in range(cache.batch):
-        cache.room(row, 1)
     check_cache(model, cache)
+    check_tokens(tokens, cache)
     positions = torch.tensor(cache.lengths, device=cache.device)
     limit = max(cache.lengths) + 1
     even = min(cache.lengths) + 1 == limit
@@ -184,27 +155,6 @@ def decode_step(
         _write_upper(model, hidden, rope, packed, cache, projection)
         hidden = _upper(model, hidden, rope, packed, cache)
     return model.lm_head(model.model.norm(hidden))
-
-
-def check_cache(model: Any, cache: SwiftKVCache) -> None:
-    """Raise `InputError` where `cache` is not of this model: another shape, or another split."""
-    own = SwiftKVConfig.of(model.config)
-    base = len(cache.split.upper) == 0 and cache.split.num_hidden_layers == own.num_hidden_layers
-    if cache.spec != CacheSpec.of(model.config) or (cache.split != own and not base):
-        raise InputError(f"expected a cache for {own}, got one for {cache.split}")
-    if base and len(own.upper) and not model.config.teacher_weights:
-        raise InputError("expected a model with its teacher's weights for a cache of every layer, they were dropped")
-
-
-def _check_positions(position_ids: Tensor, mask: Tensor | None, prompts: list[Prompt], cache: SwiftKVCache) -> None:
-    for row, prompt in enumerate(prompts):
-        given = position_ids[row] if mask is None else position_ids[row][mask[row].bool()]
-        first = cache.lengths[row]
-        if not torch.equal(given.cpu(), torch.arange(first, first + len(prompt))):
-            raise InputError(
-                f"expected position_ids of row {row} to count from {first} to {first + len(prompt) - 1}, got "
-                f"{given.tolist()[:8]}"
-            )
 
 
 def _chunks(lengths: list[int], chunk: int | None) -> list[list[tuple[int, int, int]]]:

@@ -12,23 +12,24 @@ from torch import Tensor
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import engine
-from isotone.swiftkv.data import recall_task
+from isotone.swiftkv.data import Batch, recall_task
 from isotone.swiftkv.losses import IGNORED
 
-Logits = Callable[[Tensor], Float[Tensor, "batch n vocab"]]
+Logits = Callable[..., Float[Tensor, "batch n vocab"]]
+"""Token ids (batch, n), and where an example's positions are not 0 to n - 1 these (batch, n), to logits."""
 
 
 def student_logits(model: Any) -> Logits:
     """Token ids to the logits of `model` as it is switched."""
-    return lambda ids: model(input_ids=ids, use_cache=False).logits
+    return lambda ids, position_ids=None: model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
 
 
 def teacher_logits(model: Any) -> Logits:
     """Token ids to the logits of the model that `model` was converted from."""
 
-    def logits(ids: Tensor) -> Tensor:
+    def logits(ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with model.teacher():
-            return model(input_ids=ids, use_cache=False).logits
+            return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
 
     return logits
 
@@ -45,30 +46,35 @@ def cached_logits(model: Any, kv_dtype: str = "model") -> Logits:
 
 
 @torch.no_grad()
-def fidelity(student: Logits, teacher: Logits, batches: Sequence[Tensor]) -> dict[str, float]:
-    """Of next-token prediction on `batches` (b, n) of ids: "cross_entropy" and "teacher_cross_entropy" (nats a token),
-    "kl" (of teacher to student, nats a token), "agreement" (share of tokens whose likeliest successor is the same).
+def fidelity(student: Logits, teacher: Logits, batches: Sequence[Tensor | Batch]) -> dict[str, float]:
+    """Of next-token prediction on `batches`: "cross_entropy" and "teacher_cross_entropy" (nats a token), "kl" (of
+    teacher to student, nats a token), "agreement" (share of tokens whose likeliest successor is the same).
 
-    Raises `InputError` where there are no batches, or a logit is not finite.
+    A batch is ids (b, n), or a `Batch` with its positions, of which the tokens that have a label count. Raises
+    `InputError` where no token is asked for, or a logit is not finite.
     """
-    if not batches:
-        raise InputError("expected at least one batch to evaluate on, got none")
     sums = torch.zeros(4, dtype=torch.float64)
     count = 0
-    for ids in batches:
-        ours, theirs = student(ids)[:, :-1].float(), teacher(ids)[:, :-1].float()
+    for batch in batches:
+        whole = batch if isinstance(batch, Batch) else Batch(batch)
+        arguments = [part for part in (whole.input_ids, whole.position_ids) if part is not None]
+        labels = whole.input_ids if whole.labels is None else whole.labels
+        asked = labels[:, 1:] != IGNORED
+        ours, theirs = (logits(*arguments)[:, :-1][asked].float() for logits in (student, teacher))
         if not bool(ours.isfinite().all()):
             raise InputError("expected finite logits, got NaN or infinity: are the model's weights whole?")
-        wanted = ids[:, 1:].flatten()
+        wanted = labels[:, 1:][asked]
         log_ours, log_theirs = F.log_softmax(ours, -1), F.log_softmax(theirs, -1)
         parts = [
-            F.nll_loss(log_ours.flatten(0, 1), wanted, reduction="sum"),
-            F.nll_loss(log_theirs.flatten(0, 1), wanted, reduction="sum"),
+            F.nll_loss(log_ours, wanted, reduction="sum"),
+            F.nll_loss(log_theirs, wanted, reduction="sum"),
             F.kl_div(log_ours, log_theirs, log_target=True, reduction="sum"),
             (ours.argmax(-1) == theirs.argmax(-1)).sum(),
         ]
         sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
         count += wanted.numel()
+    if not count:
+        raise InputError("expected at least one token to evaluate on, got none")
     cross, base, kl, agreement = (sums / count).tolist()
     return {"cross_entropy": cross, "teacher_cross_entropy": base, "kl": max(0.0, kl), "agreement": agreement}
 

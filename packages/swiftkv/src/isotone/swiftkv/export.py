@@ -18,20 +18,23 @@ from isotone.swiftkv.families import KEY_VALUE_MODULES, QUERY_MODULES
 EXPORTS = ("swift", "dual")
 
 
-def student_state(model: Any) -> dict[str, Tensor]:
-    """The state dict without the teacher's projections of the upper layers."""
+def student_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, a state dict of `model`, without the teacher's projections of the upper layers."""
     split = SwiftKVConfig.of(model.config)
     replaced = {
         f"model.layers.{number}.self_attn.{name}."
         for number in split.upper
         for name in QUERY_MODULES + KEY_VALUE_MODULES
     }
-    return {key: value for key, value in model.state_dict().items() if f"{key.rpartition('.')[0]}." not in replaced}
+    return {key: value for key, value in state.items() if f"{key.rpartition('.')[0]}." not in replaced}
 
 
 @contextmanager
-def saved_state(model: Any, export: str) -> Iterator[dict[str, Tensor]]:
-    """The state to save, the model's config describing it inside the block. Raises `InputError` on another `export`."""
+def saved_state(model: Any, export: str, state: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """The part of `state` (default: the model's own) to save, the model's config describing it inside the block.
+
+    Raises `InputError` on another `export`.
+    """
     if export not in EXPORTS:
         raise InputError(f"expected export to be one of {', '.join(EXPORTS)}, got {export!r}")
     config = model.config
@@ -39,7 +42,8 @@ def saved_state(model: Any, export: str) -> Iterator[dict[str, Tensor]]:
     config.swiftkv = True
     config.teacher_weights = bool(config.teacher_weights) and export == "dual"
     try:
-        yield model.state_dict() if config.teacher_weights else student_state(model)
+        whole = model.state_dict() if state is None else state
+        yield whole if config.teacher_weights else student_state(model, whole)
     finally:
         config.swiftkv, config.teacher_weights = before
 

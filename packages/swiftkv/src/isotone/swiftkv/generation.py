@@ -21,9 +21,15 @@ from isotone.shared.errors import InputError
 from isotone.swiftkv import engine
 from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.decoders import DECODE_MODES, Decoder
+from isotone.swiftkv.prompts import check_chunk, unpad
 from isotone.swiftkv.quantize import KV_DTYPES
 
 Drafter = Callable[[Int[Tensor, " n"], int], Int[Tensor, " k"]]
+
+_NOT_DONE = (
+    "beams and contrastive search are not supported; drafting is asked for by generate's own arguments, "
+    "assistant_model or prompt_lookup_num_tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,7 @@ class GenerationSettings:
     draft_length: int = 5
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise InputError(f"expected prefill_chunk to be at least 1, got {self.prefill_chunk}")
+        check_chunk(self.prefill_chunk)
         if self.kv_dtype not in KV_DTYPES:
             raise InputError(f"expected kv_dtype to be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.decode_mode not in DECODE_MODES:
@@ -60,16 +65,20 @@ def settings_of(
     if cache is not None and not isinstance(cache, SwiftKVCache):
         raise InputError(f"expected past_key_values to be a SwiftKVCache, got {type(cache).__name__}")
     rest.pop("past_key_values", None)
-    own = {key: rest.pop(key) for key in ("prefill_chunk", "kv_dtype", "decode_mode", "draft_length") if key in rest}
+    for name in ("inputs_embeds", "position_ids"):
+        if rest.get(name) is not None:
+            raise InputError(f"expected input_ids alone, got {name}: the engine counts positions of token ids itself")
+    if cache is not None and rest.get("kv_dtype") is not None:
+        raise InputError("expected kv_dtype or past_key_values, got both: a cache that is there has its own type")
+    names = ("prefill_chunk", "kv_dtype", "decode_mode", "draft_length")
+    own = {key: value for key in names if (value := rest.pop(key, None)) is not None}
     if rest.pop("cache_implementation", None) not in (None, "dynamic", "static"):
         raise InputError("expected no cache_implementation: keys and values are kept in a SwiftKVCache (kv_dtype)")
     whole = copy.deepcopy(generation_config or model.generation_config)
     whole.update(**{key: value for key, value in rest.items() if hasattr(whole, key) and value is not None})
     mode = whole.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InputError(
-            f"expected greedy search or sampling, got {mode.value.replace('_', ' ')}: beams are not supported"
-        )
+        raise InputError(f"expected greedy search or sampling, got {mode.value.replace('_', ' ')}: {_NOT_DONE}")
     for name in ("output_hidden_states", "output_attentions", "prompt_logprobs"):
         if getattr(whole, name, None) or rest.get(name):
             raise InputError(f"expected {name}=False: the prompt's tokens do not run the upper layers; use forward")
@@ -120,7 +129,7 @@ def sample(
     Returns the sequences (batch, n + new), or transformers' output object where it was asked for.
     """
     batch = input_ids.shape[0]
-    prompts = engine.unpad(input_ids, attention_mask, model.config.vocab_size)
+    prompts = unpad(input_ids, attention_mask, model.config.vocab_size)
     cache = settings.cache
     # a draft may run past the end before it is cut off
     extra = settings.draft_length if settings.draft is not None else 0

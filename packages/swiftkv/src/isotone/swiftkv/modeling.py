@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -42,6 +42,12 @@ from isotone.swiftkv.families import (
     window_of,
 )
 from isotone.swiftkv.generation import GenerationSettings, left_mask, sample, settings_of
+from isotone.swiftkv.prompts import unpad
+
+_NO_TEACHER = (
+    "expected a model with its teacher's weights to run the teacher, they were dropped; config.swiftkv = True runs the "
+    "student, as SwiftKVForCausalLM.from_pretrained sets it"
+)
 
 
 class _SwiftKVModel:
@@ -81,7 +87,7 @@ class _SwiftKVModel:
         split = SwiftKVConfig.of(self.config)
         if not self.config.swiftkv or not len(split.upper):
             if len(split.upper) and not self.config.teacher_weights:
-                raise InputError("expected a model with its teacher's weights to run the teacher, they were dropped")
+                raise InputError(_NO_TEACHER)
             wanted = {} if output_hidden_states is None else {"output_hidden_states": output_hidden_states}
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
@@ -217,7 +223,7 @@ class _SwiftKVForCausalLM:
     def swiftkv(self, on: bool = True) -> Any:
         """Turn the student on or, with `on` false, off; returns the model. Raises `InputError` without a teacher."""
         if not on and len(self.split.upper) and not self.config.teacher_weights:
-            raise InputError("expected a model with its teacher's weights to run the teacher, they were dropped")
+            raise InputError(_NO_TEACHER)
         self.config.swiftkv = on
         return self
 
@@ -257,6 +263,8 @@ class _SwiftKVForCausalLM:
         """
         settings, rest = settings_of(self, generation_config, kwargs)
         ids = inputs if inputs is not None else rest.get("input_ids")
+        if isinstance(ids, Tensor):
+            unpad(ids)
         if rest.get("attention_mask") is None and isinstance(ids, Tensor):
             rest["attention_mask"] = left_mask(
                 ids, rest.get("pad_token_id"), generation_config or self.generation_config
@@ -272,15 +280,24 @@ class _SwiftKVForCausalLM:
         settings = self.__dict__.get("_generation_settings") or GenerationSettings()
         return sample(self, input_ids, settings, **prepared)
 
-    def save_pretrained(self, save_directory: Any, export: str = "dual", **kwargs: Any) -> None:
-        """Save in Hugging Face format: `export` "swift" leaves the teacher's projections out, "dual" keeps all.
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        export: str = "dual",
+        **kwargs: Any,
+    ) -> None:
+        """Save in Hugging Face format, with its arguments; `export` "swift" leaves the teacher's projections out, "dual"
+        keeps all. `state_dict`: weights to save in place of the model's own, as sharded training gathers them.
 
         Either way the saved config has the switch on, so that a loaded model is the student.
         """
         from isotone.swiftkv.export import saved_state
 
-        with saved_state(self, export) as state:
-            super().save_pretrained(save_directory, state_dict=state, **kwargs)  # type: ignore[misc]
+        with saved_state(self, export, state_dict) as state:
+            super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)  # type: ignore[misc]
 
 
 def layer_masks(
@@ -432,6 +449,7 @@ def _register() -> None:
     for name, kind in MODELS.items():
         AutoConfig.register(f"{name}_swiftkv", kind.config_class, exist_ok=True)  # type: ignore[attr-defined]
         AutoModelForCausalLM.register(kind.config_class, kind, exist_ok=True)  # type: ignore[attr-defined]
+        AutoModel.register(kind.config_class, kind.model_class, exist_ok=True)  # type: ignore[attr-defined]
 
 
 _register()

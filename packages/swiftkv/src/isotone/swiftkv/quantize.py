@@ -15,6 +15,7 @@ from torch import Tensor
 from isotone.shared.errors import InputError
 
 FP8_MAX = 448.0  # the largest e4m3 number
+FP16_MAX = 65504.0
 KV_DTYPES = ("model", "fp32", "fp16", "bf16", "fp8", "int8", "int4")
 INT4_GROUP = 32
 _PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,7 +72,8 @@ class Codec:
     def encode(self, states: Float[Tensor, ...], scale: Tensor | float = 1.0) -> list[Tensor]:
         """The planes of `states` (..., width). `scale`: fp8's, broadcast against `states`; the others find their own.
 
-        fp8 saturates at 448 times its scale. int8 is off by at most half its scale.
+        fp8 saturates at 448 times its scale, int4 where its bottom is beyond fp16 (65504). int8 is off by at
+        most half its scale.
         """
         if self.name == "fp8":
             return [(states.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)]
@@ -83,10 +85,11 @@ class Codec:
             return [torch.round(numbers / step).to(torch.int8), step]
         if self.name == "int4":
             numbers = states.float().unflatten(-1, (-1, self.group))
-            low = numbers.amin(-1, keepdim=True).to(torch.float16)
+            # numbers beyond fp16 saturate: an infinite scale would make all of their group NaN
+            low = numbers.amin(-1, keepdim=True).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
             # the stored, rounded scale is the one to divide by; it must reach the top from the rounded bottom
             top = numbers.amax(-1, keepdim=True)
-            step = ((top - low.float()) / 15).clamp_min(1e-7).to(torch.float16)
+            step = ((top - low.float()) / 15).clamp(1e-7, FP16_MAX).to(torch.float16)
             codes = torch.round((numbers - low.float()) / step.float()).clamp(0, 15).to(torch.uint8).flatten(-2)
             packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
             return [packed, step.squeeze(-1), low.squeeze(-1)]

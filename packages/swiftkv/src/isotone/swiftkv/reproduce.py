@@ -61,7 +61,7 @@ class Scale:
     recall_steps: int = 150
     narrow_steps: int = 250
     lr: float = 1e-3
-    rates: tuple[float, ...] = (1e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     narrow: int = 20_000
     text: int = 1_115_394
     validation: int = 8
@@ -177,7 +177,7 @@ def reproduce(
     seeds = run.seeds or setting.seeds
     # seeds and workers are how arms are dealt out, no part of what one is
     identity = {k: v for k, v in asdict(setting).items() if k not in ("seeds", "workers")}
-    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 2}
+    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 3}
     log = ArmLog(run.out, config, run.resume)
     jobs = [(kind, seed) for seed in seeds for kind in ("text", "recall")]
     arguments = [(kind, setting, corpus, seed, where, str(run.out), config) for kind, seed in jobs]
@@ -316,12 +316,12 @@ def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str
             model = convert(base, _kept(base, 4), 1)
             before = fidelity(kind(model), teacher_logits(model), batches)
             # the alternatives have their rate chosen, on the very text they are scored on; SwiftKV has one rate
-            tried = []
+            tried = {}
             for rate in setting.rates:
                 baseline = kind(model)
                 train_baseline(baseline, whole, replace(_settings(setting, setting.steps), lr=rate))
-                tried.append(fidelity(baseline, teacher_logits(model), batches))
-            return {"before": before, "after": min(tried, key=lambda score: score["kl"])}
+                tried[f"{rate:g}"] = fidelity(baseline, teacher_logits(model), batches)
+            return {"before": before, "after": min(tried.values(), key=lambda score: score["kl"]), "tried": tried}
 
         return arm
 

@@ -23,11 +23,14 @@ def tokenizer_of(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def encode(text: str, folder: Path, vocab_size: int) -> Int[Tensor, " n"]:
-    """The ids of `text`. Raises `InputError` where there is no tokenizer and the model has too few tokens for bytes."""
+def encode(text: str, folder: Path, vocab_size: int, starts: bool = True) -> Int[Tensor, " n"]:
+    """The ids of `text`, with the tokens that the tokenizer puts around a text where it `starts` one.
+
+    Raises `InputError` where there is no tokenizer and the model has too few tokens for bytes.
+    """
     tokenizer = tokenizer_of(folder)
     if tokenizer is not None:
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+        return torch.tensor(tokenizer(text, add_special_tokens=starts)["input_ids"], dtype=torch.long)
     raw = list(text.encode())
     if raw and max(raw) >= vocab_size:
         raise InputError(
