@@ -3,8 +3,8 @@
 Both are measured as they are and, with the same data, steps and KL as SwiftKV, distilled. Neither is a published
 method whole: early-exit models train their exits with the language model (here the model is given, and only the exit is
 trained); cross-layer sharing (CLA, YOCO) is trained from scratch with its keys and values (here the layer's own,
-frozen, are reused, and the upper layers' queries are trained, as SwiftKV trains them). SwiftKV's squared error of hidden
-states has no counterpart where layers are missing: neither baseline has it.
+frozen, are reused, and the upper layers' queries are trained, as SwiftKV trains them). SwiftKV's squared error of
+hidden states has no counterpart where layers are missing: neither baseline has it.
 """
 
 from __future__ import annotations

@@ -289,8 +289,8 @@ class _SwiftKVForCausalLM:
         export: str = "dual",
         **kwargs: Any,
     ) -> None:
-        """Save in Hugging Face format, with its arguments; `export` "swift" leaves the teacher's projections out, "dual"
-        keeps all. `state_dict`: weights to save in place of the model's own, as sharded training gathers them.
+        """Save in Hugging Face format, with its arguments; `export` "swift" leaves the teacher's projections out,
+        "dual" keeps all. `state_dict`: weights to save in place of the model's own, as sharded training gathers them.
 
         Either way the saved config has the switch on, so that a loaded model is the student.
         """

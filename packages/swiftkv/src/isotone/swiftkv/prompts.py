@@ -83,7 +83,7 @@ def check_extension(
 
 
 def check_positions(position_ids: Tensor, mask: Tensor | None, prompts: list[Prompt], cache: SwiftKVCache) -> None:
-    """Raise `InputError` where `position_ids` (batch, n) are not the rows' own: from the cached length on, one by one."""
+    """Raise `InputError` where `position_ids` (batch, n) do not count each row on from its cached length."""
     for row, prompt in enumerate(prompts):
         given = position_ids[row] if mask is None else position_ids[row][mask[row].bool()]
         first = cache.lengths[row]
