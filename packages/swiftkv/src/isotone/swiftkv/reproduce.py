@@ -61,7 +61,7 @@ class Scale:
     recall_steps: int = 150
     narrow_steps: int = 250
     lr: float = 1e-3
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     narrow: int = 20_000
     text: int = 1_115_394
     validation: int = 8
@@ -71,7 +71,7 @@ class Scale:
     speed_shape: str = "256x16"
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     speed_dtype: str = "float32"
-    rounds: int = 6
+    rounds: int = 12
     flops_n: int = 512
     compute_dtype: str = "model"
     prompt: int = 0
@@ -177,7 +177,7 @@ def reproduce(
     seeds = run.seeds or setting.seeds
     # seeds and workers are how arms are dealt out, no part of what one is
     identity = {k: v for k, v in asdict(setting).items() if k not in ("seeds", "workers")}
-    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 3}
+    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 4}
     log = ArmLog(run.out, config, run.resume)
     jobs = [(kind, seed) for seed in seeds for kind in ("text", "recall")]
     arguments = [(kind, setting, corpus, seed, where, str(run.out), config) for kind, seed in jobs]
