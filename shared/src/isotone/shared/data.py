@@ -64,13 +64,14 @@ def stdlib_text(max_bytes: int | None = None) -> str:
     import sysconfig
 
     root = Path(sysconfig.get_path("stdlib"))
-    paths = {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*.py")
-        # site's own files and the build's settings are the machine's, not the library's
-        if not _NOT_LIBRARY & set(path.relative_to(root).parts)
-        and not path.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))
-    }
+    paths: dict[str, Path] = {}
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
+        for name in files:
+            # site's own files and the build's settings are the machine's, not the library's
+            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize")):
+                path = Path(folder, name)
+                paths[path.relative_to(root).as_posix()] = path
     text = bytearray()
     for name in sorted(paths):
         if max_bytes is not None and len(text) >= max_bytes:
