@@ -89,28 +89,24 @@ def _hypergrid(small: bool) -> list[Ratio]:
 
 
 class TorchGFN:
-    """torchgfn's trajectory balance on its own HyperGrid, with a network of the same size."""
+    """torchgfn's trajectory balance on its own HyperGrid, with a network of the same size (release 2.4)."""
 
     def __init__(self, dim: int, side: int, batch: int) -> None:
+        from gfn.estimators import DiscretePolicyEstimator
         from gfn.gflownet import TBGFlowNet
         from gfn.gym import HyperGrid as Grid
-        from gfn.modules import DiscretePolicyEstimator
+        from gfn.preprocessors import KHotPreprocessor
         from gfn.samplers import Sampler
-        from gfn.utils.modules import DiscreteUniform, NeuralNet
+        from gfn.utils.modules import MLP, UniformModule
 
         torch.manual_seed(0)
         self.batch = batch
-        self.env = Grid(ndim=dim, height=side, preprocessor_name="OneHot")
-        width = self.env.preprocessor.output_dim
-        self.net = NeuralNet(width, self.env.n_actions, hidden_dim=HIDDEN, n_hidden_layers=2)
-        forward = DiscretePolicyEstimator(self.net, self.env.n_actions, preprocessor=self.env.preprocessor)
-        backward = DiscretePolicyEstimator(
-            DiscreteUniform(self.env.n_actions - 1),
-            self.env.n_actions,
-            preprocessor=self.env.preprocessor,
-            is_backward=True,
-        )
-        self.gfn = TBGFlowNet(logZ=0.0, pf=forward, pb=backward)
+        self.env = Grid(ndim=dim, height=side, validate_modes=False)
+        inputs, actions = KHotPreprocessor(height=side, ndim=dim), self.env.n_actions
+        self.net = MLP(inputs.output_dim, actions, hidden_dim=HIDDEN, n_hidden_layers=2)
+        forward = DiscretePolicyEstimator(self.net, actions, preprocessor=inputs)
+        backward = DiscretePolicyEstimator(UniformModule(actions - 1), actions, preprocessor=inputs, is_backward=True)
+        self.gfn = TBGFlowNet(pf=forward, pb=backward)
         self.sampler = Sampler(estimator=forward)
         self.optimizer = torch.optim.Adam(
             [{"params": self.net.parameters(), "lr": 1e-3}, {"params": [self.gfn.logZ], "lr": 0.1}]
@@ -118,13 +114,14 @@ class TorchGFN:
 
     def sample(self) -> Any:
         """A batch of trajectories, with their log-probabilities, on policy."""
-        return self.sampler.sample_trajectories(self.env, n_trajectories=self.batch, save_logprobs=True)
+        return self.sampler.sample_trajectories(self.env, n=self.batch, save_logprobs=True)
 
     def step(self) -> None:
         """Sample, loss, gradient step."""
         trajectories = self.sample()
         self.optimizer.zero_grad()
-        self.gfn.loss(self.env, trajectories).backward()
+        # on policy: the log-probabilities of sampling, which have their graph, are not computed again
+        self.gfn.loss(self.env, trajectories, recalculate_all_logprobs=False).backward()
         self.optimizer.step()
 
 
@@ -137,7 +134,7 @@ def check_torchgfn(env: HyperGrid, peer: TorchGFN) -> None:
     theirs = peer.sample()
     loss = float(peer.gfn.loss(peer.env, theirs).detach())
     peer.net.load_state_dict(saved)
-    lengths = theirs.when_is_done
+    lengths = theirs.terminating_idx
     steps = int(lengths.max())
     states = theirs.states.tensor[:steps].transpose(0, 1).clamp(min=0)
     actions = theirs.actions.tensor[:steps, :, 0].transpose(0, 1).clamp(min=0, max=env.stop)
