@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 
 from isotone.opgfn import evolution
 from isotone.opgfn.envs import FragmentEnv, NasCell
@@ -20,15 +19,21 @@ def nitrogen_and_size(smiles: list[str]) -> list[list[float]]:
     return [[text.upper().count("N") / 10, 1 - len(text) / 100] for text in smiles]
 
 
-def test_crowding_distance_is_pymoos() -> None:
-    u = np.random.default_rng(0).random((30, 3))
-    ours, theirs = evolution.crowding_distance(u), calc_crowding_distance(u) * 3
-    assert np.isinf(ours).tolist() == np.isinf(theirs).tolist()
-    assert ours[np.isfinite(ours)] == pytest.approx(theirs[np.isfinite(theirs)])
+def test_selection_is_nsga2s() -> None:
+    select = evolution.NSGA2(torch.Generator().manual_seed(0))
     line = np.array([[0.0, 1.0], [0.4, 0.6], [0.5, 0.5], [1.0, 0.0]])
-    kept = evolution.nsga2_survivors(np.concatenate([line, line - 1]), np.ones(8, bool), 3)
+    kept, pairs = select(np.concatenate([line, line - 1]), np.ones(8, bool), 3, 50)
     assert set(kept) == {0, 3, 2}, "the ends, then the lonelier"
-    assert set(evolution.nsga2_survivors(line, np.array([True, False, True, True]), 3)) == {0, 2, 3}
+    assert pairs.shape == (50, 2) and set(pairs.ravel()) <= {0, 1, 2}
+    assert set(select(line, np.array([True, False, True, True]), 3, 1)[0]) == {0, 2, 3}
+    kept, pairs = select(np.concatenate([line, line - 1]), np.ones(8, bool), 8, 400)
+    wins = (kept[pairs] < 4).mean()
+    # a member of the first front loses only to another: 3 of 4 tournaments of different members have one, and more
+    assert wins > 0.7
+    _, pairs = select(line, np.array([False, False, False, True]), 4, 100)
+    assert np.bincount(pairs.ravel(), minlength=4).argmax() == 0, "the only valid one stands first and wins most"
+    nothing, _ = select(line, np.zeros(4, bool), 2, 4)
+    assert len(nothing) == 2
 
 
 def test_searches_keep_their_budget() -> None:

@@ -67,7 +67,7 @@ def test_mask_is_fast_enough() -> None:
     assert mask.tolist() == (nd_rank(u) == 0).tolist()
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 4])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("levels", [None, 4])
 def test_hypervolume_against_definition_and_pymoo(d: int, levels: int | None) -> None:
     for seed in range(8):
@@ -88,15 +88,31 @@ def test_hypervolume_of_plain_shapes() -> None:
         assert hypervolume(np.zeros((2, d))) == 0.0
         assert hypervolume(-np.ones((2, d)), -2.0) == pytest.approx(1.0)
     assert hypervolume(torch.tensor([[0.5, 1.0], [1.0, 0.5]])) == pytest.approx(0.75)
-    with pytest.raises(ValueError, match="got 5: use approx=True"):
-        hypervolume(np.ones((2, 5)))
-    u = front(50, 5, 0)
-    exact = 1 - np.prod(1 - front(1, 5, 1))  # a share strictly inside (0, 1)
-    assert 0 < exact < 1
-    # 200,000 samples: six standard errors of a share near a half are 0.007 of the box, false alarm 2e-9
-    corner = np.array([[1, 1, 1, 1, 0.5], [0.5, 1, 1, 1, 1]])
-    assert hypervolume(corner, approx=True) == pytest.approx(0.75, abs=0.007)
-    assert hypervolume(u, approx=True) == hypervolume(u, approx=True)
+
+
+def test_hypervolume_above_a_reference_point() -> None:
+    u = np.array([[0.5, 1.0], [1.0, 0.5], [0.4, 0.9], [2.0, 0.1]])
+    # (0.4, 0.9) is dominated; (2, 0.1) is not above the reference in its second objective
+    assert hypervolume(u, np.array([0.25, 0.1])) == pytest.approx(0.25 * 0.9 + 0.5 * 0.4)
+    assert hypervolume(u[:2], np.array([0.25, 0.1])) == hypervolume(u, np.array([0.25, 0.1]))
+    assert hypervolume(u, 3.0) == 0.0
+    for point in (np.zeros(3), np.array([0.0, np.inf])):
+        with pytest.raises(ValueError, match="one finite number or of 2"):
+            hypervolume(u, point)
+
+
+def test_hypervolume_of_many_objectives_is_approximate() -> None:
+    with pytest.raises(ValueError, match="got 7: use approx=True"):
+        hypervolume(np.ones((2, 7)))
+    corner = np.ones((2, 7))
+    corner[0, 0] = corner[1, 1] = 0.5
+    found = hypervolume(corner, approx=True, samples=20_000)
+    assert found == hypervolume(corner, approx=True, samples=20_000)
+    spread = np.std([hypervolume(corner, approx=True, samples=20_000, seed=s) for s in range(1, 9)], ddof=1)
+    # 0.75 of the unit box; six standard errors estimated from eight others, false alarm about 5e-4
+    assert abs(found - 0.75) < 6 * spread and spread < 0.05
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        hypervolume(corner, approx=True, samples=0)
 
 
 @pytest.mark.parametrize("d", [2, 3, 4])

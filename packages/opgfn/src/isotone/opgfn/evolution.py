@@ -1,9 +1,11 @@
 """What a user would try instead: random search, regularised evolution of cells, a genetic algorithm on fragments.
 
-The genetic algorithm selects as NSGA-II does, by non-domination rank and then crowding distance.
+The genetic algorithm selects by pymoo's NSGA-II.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,7 +15,6 @@ from torch import Tensor
 from isotone.opgfn.envs.base import Environment
 from isotone.opgfn.envs.fragments import FragmentEnv
 from isotone.opgfn.memo import Memo
-from isotone.opgfn.pareto import nd_rank
 from isotone.opgfn.rollout import sample_forward
 
 
@@ -78,31 +79,36 @@ def regularised_evolution(
         members = members[-population:]
 
 
-def nsga2_survivors(u: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k best by rank, then by crowding distance in the rank that is cut."""
-    rank = nd_rank(torch.from_numpy(u), torch.from_numpy(valid)).numpy()
-    chosen: list[int] = []
-    for level in range(int(rank.max()) + 1):
-        front = np.flatnonzero(rank == level)
-        if len(chosen) + len(front) <= k:
-            chosen += front.tolist()
-            continue
-        order = np.argsort(-crowding_distance(u[front]), kind="stable")
-        chosen += front[order[: k - len(chosen)]].tolist()
-        break
-    return np.array(chosen, dtype=np.int64)
+class NSGA2:
+    """pymoo's NSGA-II selection: survival by rank and crowding distance, parents by binary tournament.
 
+    Invalid members are pymoo's infeasible ones, who survive and win where no valid one is at hand.
+    """
 
-def crowding_distance(u: np.ndarray) -> np.ndarray:
-    """Deb's: for each objective, the gap between a point's neighbours over the range; infinite at the ends."""
-    distance = np.zeros(len(u))
-    for column in u.T:
-        order = np.argsort(column, kind="stable")
-        spread = column[order[-1]] - column[order[0]]
-        distance[order[[0, -1]]] = np.inf
-        if spread > 0 and len(u) > 2:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / spread
-    return distance
+    def __init__(self, generator: torch.Generator) -> None:
+        from pymoo.algorithms.moo.nsga2 import binary_tournament
+        from pymoo.operators.selection.tournament import TournamentSelection
+        from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+
+        self.random = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        self.survival, self.tournament = RankAndCrowding(), TournamentSelection(func_comp=binary_tournament)
+        self.algorithm = SimpleNamespace(tournament_type="comp_by_rank_and_crowding", random_state=self.random)
+
+    def __call__(self, u: np.ndarray, valid: np.ndarray, survive: int, parents: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of members with objectives `u` (n, d), maximised, and `valid` (n,): the indices of the survivors, and the
+        places (parents, 2) among them of as many pairs of parents."""
+        from pymoo.core.population import Population
+        from pymoo.core.problem import Problem
+
+        problem = Problem(n_var=1, n_obj=u.shape[1], n_ieq_constr=1)
+        broken = (~valid).astype(float)[:, None]
+        members = Population.new("F", np.where(broken > 0, 0.0, -u), "G", broken, "place", np.arange(len(u)))
+        # infeasible members are ranked by nothing else
+        members.set("rank", np.zeros(len(u)), "crowding", np.zeros(len(u)))
+        kept = self.survival.do(problem, members, n_survive=survive, random_state=self.random)
+        options = {"to_pop": False, "random_state": self.random, "algorithm": self.algorithm}
+        pairs = self.tournament.do(problem, kept, parents, 2, **options)
+        return kept.get("place").astype(int), np.asarray(pairs)
 
 
 def fragment_ga(
@@ -114,21 +120,20 @@ def fragment_ga(
     population: int = 100,
     mutation: float = 0.5,
 ) -> None:
-    """A genetic algorithm on trees of fragments until `budget` distinct molecules are evaluated.
+    """A genetic algorithm on trees of fragments, selected by NSGA-II, until `budget` distinct ones are evaluated.
 
     A child goes some random steps back from one parent; a crossover then grafts a branch of another onto what is left;
     random actions complete the molecule.
     """
     members = within(memo, random_objects(env, population, generator), budget)
     u, valid = memo(members)
+    select = NSGA2(generator)
     idle = 0
     while memo.evaluations < budget and idle < 50:
         n = population
-        keep = nsga2_survivors(u.numpy(), valid.numpy(), population)
+        keep, pairs = select(u.numpy(), valid.numpy(), population, n)
         members, u, valid = members[keep], u[keep], valid[keep]
-        rank = nd_rank(u, valid)
-        pairs = torch.randint(len(members), (2, n, 2), generator=generator)
-        parents = torch.where(rank[pairs[..., 0]] <= rank[pairs[..., 1]], pairs[..., 0], pairs[..., 1])
+        parents = torch.from_numpy(pairs.T.copy())
         mutate = torch.rand(n, generator=generator) < mutation
         children = mutated(env, members[parents[0]], generator)
         for i in (~mutate).nonzero().squeeze(1).tolist():

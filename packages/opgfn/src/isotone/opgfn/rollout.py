@@ -123,29 +123,43 @@ def sample_forward(
     length = env.max_length
     numbers = uniforms(length, n, generator, device)
     states = env.reset(n, device)
-    trace = states.new_zeros(n, length, env.width)
-    actions = states.new_full((n, length), env.stop)
-    backward = states.new_full((n, length), -1)
-    lengths = torch.zeros(n, dtype=torch.int64, device=device)
     alive = torch.arange(n, device=device)
+    walked: list[tuple[Tensor, Tensor, Tensor]] = []
+    undone: list[tuple[Tensor, Tensor]] = []
     for t in range(length):
         mask = env.forward_mask(states)
-        check_no_dead_end(mask, states)
-        cdf = cumulative(masked_probabilities(logits(states, alive), mask, epsilon, temperature))
+        probabilities = masked_probabilities(logits(states, alive), mask, epsilon, temperature)
+        try:
+            cdf = cumulative(probabilities)
+        except ValueError:
+            check_no_dead_end(mask, states)
+            raise
         chosen = draw(cdf, numbers[t, alive])
-        trace[alive, t], actions[alive, t] = states, chosen
-        done = env.is_done(chosen)
-        lengths[alive[done]] = t + 1
-        going = ~done
+        walked.append((alive, states, chosen))
+        going = ~env.is_done(chosen)
         alive = alive[going]
         if not len(alive):
             break
         states, undo = env.step(states[going], chosen[going])
-        backward[alive, t] = undo
+        undone.append((alive, undo))
     else:
         raise ValueError(f"expected trajectories of at most {length} actions, got a longer one")
-    longest = t + 1
-    return Trajectories(trace[:, :longest], actions[:, :longest], backward[:, :longest], lengths)
+    return _padded(env, n, walked, undone)
+
+
+def _padded(
+    env: Environment, n: int, walked: list[tuple[Tensor, Tensor, Tensor]], undone: list[tuple[Tensor, Tensor]]
+) -> Trajectories:
+    """What each step left, as (trajectories, states, actions) and (those that went on, backward actions)."""
+    rows, states, actions = (torch.cat(part) for part in zip(*walked, strict=True))
+    time = torch.repeat_interleave(torch.tensor([len(step[0]) for step in walked], device=rows.device))
+    trace = states.new_zeros(n, len(walked), env.width)
+    taken, backward = states.new_full((n, len(walked)), env.stop), states.new_full((n, len(walked)), -1)
+    trace[rows, time], taken[rows, time] = states, actions
+    if undone:
+        on, undo = (torch.cat(part) for part in zip(*undone, strict=True))
+        backward[on, torch.repeat_interleave(torch.tensor([len(step[0]) for step in undone], device=on.device))] = undo
+    return Trajectories(trace, taken, backward, torch.bincount(rows, minlength=n))
 
 
 @torch.no_grad()

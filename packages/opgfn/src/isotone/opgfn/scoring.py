@@ -1,7 +1,7 @@
 """The model's word on trajectories: log P_F, log P_B, flows; one packed pass of the network over all their states.
 
-Everything is recomputed with the present weights, for fresh and replayed trajectories alike. Where the space is
-enumerated the pass is over its table of states, however often each is visited.
+Everything is recomputed with the present weights, for fresh and replayed trajectories alike. States that are visited
+several times are passed once, where they can be numbered; where the space is enumerated, its table is.
 """
 
 from __future__ import annotations
@@ -115,7 +115,12 @@ def evaluate(
     mask = batch.mask
     rows = batch.states[mask]
     position = torch.zeros(mask.shape, dtype=torch.int64, device=rows.device)
-    position[mask] = torch.arange(len(rows), device=rows.device)
+    place = torch.arange(len(rows), device=rows.device)
+    if condition is None and env.has_keys:
+        # a state that several trajectories visit is seen by the network once
+        distinct, inverse = torch.unique(env.keys(rows), return_inverse=True)
+        rows, place = rows[torch.empty_like(distinct).scatter_(0, inverse, place)], inverse
+    position[mask] = place
     given = None if condition is None else condition[:, None].expand(-1, mask.shape[1], -1)[mask]
     output = policy(rows) if given is None else policy(rows, given)
     return Evaluation(env, rows, position, batch, output, env.forward_mask(rows), env.backward_mask(rows))

@@ -9,6 +9,8 @@ come in levels.
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -82,8 +84,7 @@ class Environment(ABC):
 
     def tokens(self, states: Int[Tensor, "B width"]) -> Int[Tensor, "B width"]:
         """The positions of the ones in each state's one-hot features: column k's value past all columns before."""
-        sizes = torch.tensor((0, *self.cardinalities[:-1]), device=states.device)
-        return states + sizes.cumsum(0)
+        return states + _offsets(self.cardinalities, states.device)
 
     def features(self, states: Int[Tensor, "B width"]) -> Float[Tensor, "B tokens"]:
         """One-hot features of every column, side by side."""
@@ -92,14 +93,16 @@ class Environment(ABC):
 
     # --- identity and meaning --------------------------------------------------------------------------
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether 63 bits suffice to number every row of `cardinalities`."""
+        return math.prod(self.cardinalities) <= 2**63
+
     def keys(self, states: Int[Tensor, "B width"]) -> Int[Tensor, " B"]:
         """One integer a state, equal for equal states only. Raises `ValueError` where 63 bits do not suffice."""
-        place, places = 1, []
-        for size in self.cardinalities:
-            places.append(place)
-            place *= size
-        if place > 2**63:
-            raise ValueError(f"expected a state space below 2**63 rows, got {place}")
+        if not self.has_keys:
+            raise ValueError(f"expected a state space below 2**63 rows, got {math.prod(self.cardinalities)}")
+        places = [math.prod(self.cardinalities[:k]) for k in range(self.width)]
         return (states * torch.tensor(places, device=states.device)).sum(1)
 
     def orbits(self, states: Int[Tensor, "B width"]) -> Int[Tensor, "B actions"]:
@@ -124,6 +127,11 @@ class Environment(ABC):
         if not bool(legal.all()):
             row = int((~legal).nonzero()[0])
             raise ValueError(f"expected a legal action, got {int(actions[row])} in state {states[row].tolist()}")
+
+
+@functools.lru_cache
+def _offsets(cardinalities: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor((0, *cardinalities[:-1]), device=device).cumsum(0)
 
 
 def check_no_dead_end(mask: Bool[Tensor, "B actions"], states: Int[Tensor, "B width"]) -> None:

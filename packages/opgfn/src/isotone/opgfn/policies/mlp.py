@@ -40,19 +40,23 @@ class MLPPolicy(Policy):
             *(env.num_actions, env.num_backward_actions if backward else 0),
             *(int(flow), int(inter)),
         )
-        self.first = nn.Linear(env.num_tokens + condition_dim, hidden[0])
+        self._make_first(hidden[0])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(hidden, hidden[1:], strict=False))
         self.heads = nn.Linear(hidden[-1], sum(self.sizes))
         with torch.no_grad():
             self.heads.weight *= head_scale
 
+    def _make_first(self, width: int) -> None:
+        """A linear layer's weight, as PyTorch draws it, with a token's row in one piece."""
+        linear = nn.Linear(self.env.num_tokens + self.condition_dim, width)
+        self.table, self.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+
     def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
         tokens = self.env.num_tokens
-        rows = self.first.weight[:, :tokens].T
-        hidden = F.embedding_bag(self.env.tokens(states), rows, mode="sum") + self.first.bias
+        hidden = F.embedding_bag(self.env.tokens(states), self.table[:tokens], mode="sum") + self.bias
         if condition is not None:
-            hidden = hidden + condition.to(hidden.dtype) @ self.first.weight[:, tokens:].T
+            hidden = hidden + condition.to(hidden.dtype) @ self.table[tokens:]
         return self._output(hidden)
 
     def _output(self, first: Tensor) -> PolicyOutput:
@@ -77,8 +81,9 @@ class SetPolicy(MLPPolicy):
 
     def __init__(self, env: Environment, hidden: Sequence[int] = (64, 64), **options: object) -> None:
         super().__init__(env, hidden, **options)  # type: ignore[arg-type]
-        width = 2 * env.width + self.condition_dim
-        self.first = nn.Linear(width, hidden[0])
+
+    def _make_first(self, width: int) -> None:
+        self.first = nn.Linear(2 * self.env.width + self.condition_dim, width)
 
     def forward(self, states: Int[Tensor, "B width"], condition: Float[Tensor, "B c"] | None = None) -> PolicyOutput:
         self.check_condition(condition)
