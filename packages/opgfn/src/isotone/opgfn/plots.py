@@ -58,7 +58,7 @@ def mass_figure(states: np.ndarray, mass: Mapping[str, np.ndarray], marked: np.n
 
 def curve_figure(curves: Mapping[str, tuple[Sequence[Any], np.ndarray]], title: str, xlabel: str, ylabel: str) -> Any:
     """Mean over seeds of each arm, with its standard error: (x, values of shape (seeds, x))."""
-    drawing, axes = figure(title, xlabel, ylabel)
+    drawing, axes = figure(title, xlabel, ylabel, size=(8.6, 4.2))
     styles = ["-", "--", "-.", ":"]
     for number, (name, (x, values)) in enumerate(curves.items()):
         values = np.atleast_2d(values)
@@ -67,7 +67,8 @@ def curve_figure(curves: Mapping[str, tuple[Sequence[Any], np.ndarray]], title: 
         if len(values) > 1:
             error = values.std(0, ddof=1) / np.sqrt(len(values))
             axes.fill_between(x, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.legend(frameon=False, fontsize=9)
+    # beside the curves: there may be as many as settings of a baseline
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawing
 
 

@@ -67,6 +67,8 @@ CLAIMS = {
                f"{PAPER}: insensitive to R_0", "mass, modes or nats", 0.0, "max"),
         _claim("hyper-sparse", "HyperGrid: entropy of OP-TB's exact distribution, end minus first step",
                f"{PAPER}, proposition: training sparsifies the reward", "nats", 0.0, "max"),
+        _claim("hyper-fall", "HyperGrid: the same, end minus its highest",
+               "the sampler first spreads from the origin, where it starts", "nats", None, "max"),
         _claim("nas-beta", "NAS stand-in: true value of the incumbent, OP-TB-KL-AUG minus GFN-beta at its tuned beta",
                f"{PAPER}, NATS-Bench figures: above GFN-beta", "value", 0.0),
         _claim("nas-evolution", "NAS stand-in: OP-TB-KL-AUG minus regularised evolution",
@@ -313,6 +315,7 @@ def _hypergrid(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
         "hyper-modes": [float(o["modes"]) for o in ours],
         "hyper-order": [float(change)],
         "hyper-sparse": [o["curve"]["entropy"][-1] - o["curve"]["entropy"][0] for o in ours],
+        "hyper-fall": [o["curve"]["entropy"][-1] - max(o["curve"]["entropy"]) for o in ours],
     }
 
     def curves(part: Callable[[dict[str, Any]], list[float]]) -> dict[str, tuple[list[Any], np.ndarray]]:

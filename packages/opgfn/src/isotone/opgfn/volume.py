@@ -41,12 +41,12 @@ def hypervolume(
         )
     if samples < 1:
         raise ValueError(f"expected at least 1 sample, got {samples}")
-    above = points - origin
-    above = above[(above > 0).all(1)]
+    corner = np.broadcast_to(-origin, (d,))
+    if len(points) == 0:
+        return 0.0
+    if d <= EXACT_OBJECTIVES:
+        return float(moocore.hypervolume(-points, ref=corner))
+    above = points[(points > origin).all(1)]
     if len(above) == 0:
         return 0.0
-    corner = np.zeros(d)
-    if d <= EXACT_OBJECTIVES:
-        return float(moocore.hypervolume(above, ref=corner, maximise=True))
-    options = {"nsamples": samples, "seed": seed, "method": "DZ2019-MC"}
-    return float(moocore.hv_approx(above, ref=corner, maximise=True, **options))
+    return float(moocore.hv_approx(-above, ref=corner, nsamples=samples, seed=seed, method="DZ2019-MC"))
