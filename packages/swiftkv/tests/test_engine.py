@@ -16,6 +16,7 @@ from models import FAMILIES, ids, make
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVCache, SwiftKVConfig, convert, decode, extend, make_cache, prefill
 from isotone.swiftkv.decoders import Decoder
+from isotone.swiftkv.prompts import check_batch, check_chunk
 
 SPLITS = [(5, 1), (2, 1), (2, 2), (2, 4), (6, 1), (1, 5)]
 
@@ -255,7 +256,8 @@ def test_transformers_cache_holds_a_group_once():
         (lambda m, c: prefill(m, ids(2, 4), c, chunk=0), "prefill_chunk"),
         (lambda m, c: prefill(m, ids(2, 40), c), "at most 8"),
         (lambda m, c: prefill(m, ids(2, 4), c, chunk=True), "prefill_chunk"),
-        (lambda m, c: prefill(m, ids(2, 4).double(), c), "whole numbers"),
+        (lambda m, c: check_batch(ids(2, 4).double()), "whole numbers"),
+        (lambda m, c: check_chunk("8"), "whole number"),
         (lambda m, c: extend(m, ragged([3, 3]), c, keep=4), "survivors"),
         (lambda m, c: extend(m, ragged([3, 3]), c, keep=[1]), "1 numbers"),
         (lambda m, c: extend(m, ragged([3]), c, rows=[-1]), "from 0 to 1"),

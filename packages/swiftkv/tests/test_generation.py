@@ -169,7 +169,6 @@ def test_lookup_drafts_what_followed_last():
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "own arguments"),
         ({"position_ids": torch.arange(5)[None]}, "position_ids"),
         ({"inputs_embeds": torch.zeros(1, 5, 32)}, "inputs_embeds"),
-        ({"prefill_chunk": "8"}, "whole number"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache"),

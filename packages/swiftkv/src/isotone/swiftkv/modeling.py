@@ -42,7 +42,7 @@ from isotone.swiftkv.families import (
     window_of,
 )
 from isotone.swiftkv.generation import GenerationSettings, left_mask, sample, settings_of
-from isotone.swiftkv.prompts import unpad
+from isotone.swiftkv.prompts import check_batch
 
 _NO_TEACHER = (
     "expected a model with its teacher's weights to run the teacher, they were dropped; config.swiftkv = True runs the "
@@ -264,7 +264,7 @@ class _SwiftKVForCausalLM:
         settings, rest = settings_of(self, generation_config, kwargs)
         ids = inputs if inputs is not None else rest.get("input_ids")
         if isinstance(ids, Tensor):
-            unpad(ids)
+            check_batch(ids)
         if rest.get("attention_mask") is None and isinstance(ids, Tensor):
             rest["attention_mask"] = left_mask(
                 ids, rest.get("pad_token_id"), generation_config or self.generation_config

@@ -27,9 +27,7 @@ def unpad(
     Raises `InputError` on ids that are no whole numbers of two dimensions, an empty prompt, a mask with holes, or an
     id outside the vocabulary.
     """
-    if input_ids.ndim != 2:
-        raise InputError(f"expected token ids of shape (batch, n), got {tuple(input_ids.shape)}")
-    check_ids(input_ids, vocab_size)
+    check_batch(input_ids, vocab_size)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise InputError(
             f"expected an attention_mask of shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
@@ -47,6 +45,13 @@ def unpad(
             raise InputError(f"expected at least one token in every prompt, got an empty one in row {number}")
         prompts.append(row)
     return prompts
+
+
+def check_batch(ids: Tensor, vocab_size: int | None = None) -> None:
+    """Raise `InputError` where `ids` are not token ids of shape (batch, n)."""
+    if ids.ndim != 2:
+        raise InputError(f"expected token ids of shape (batch, n), got {tuple(ids.shape)}")
+    check_ids(ids, vocab_size)
 
 
 def check_ids(ids: Tensor, vocab_size: int | None) -> None:

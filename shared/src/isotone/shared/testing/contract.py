@@ -262,7 +262,7 @@ def test_results_keep_the_schema() -> None:
 def test_readme_tables_equal_results() -> None:
     readme = FOLDER / "README.md"
     text = readme.read_text(encoding="utf-8")
-    assert "<!-- results:results/reproduce-cpu.json -->" in text
+    assert re.search(r"<!-- (results|summary):results/reproduce-cpu\.json -->", text)
     assert claims.rewrite_readme(readme) == text, "run `isotone report --readme`"
 
 
