@@ -154,3 +154,17 @@ def test_default_policy_and_refusals() -> None:
         GraphPolicy(ENV, 10, 1, 3)
     with pytest.raises(ValueError, match="condition of 4"):
         GraphPolicy(ENV, 8, 1, condition_dim=4)(ENV.reset(1))
+
+
+def test_a_repeated_state_passes_once_and_means_the_same() -> None:
+    """Rows alike are merged; isomorphic trees in other rows are not."""
+    env = FragmentEnv(vocabulary.subset(vocabulary.full(), [0, 15, 65]), 3)
+    policy = GraphPolicy(env, 16, 1)
+    batch = sample_forward(env, lambda s, _: policy(s).logits, 64, generator=torch.Generator().manual_seed(0))
+    evaluation = evaluate(env, policy, batch)
+    visited = batch.states[batch.mask]
+    assert len(evaluation.rows) == len(torch.unique(visited, dim=0)) < len(visited)
+    assert len(torch.unique(env.keys(evaluation.rows))) < len(evaluation.rows)
+    assert torch.equal(evaluation.rows[evaluation.position[batch.mask]], visited)
+    taken = evaluation.forward_mask[evaluation.position, batch.actions][batch.mask]
+    assert taken.all()

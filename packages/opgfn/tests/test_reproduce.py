@@ -52,7 +52,7 @@ def test_molecules_of_the_gpu_scale_at_a_tiny_size(tmp_path) -> None:
     assert len(full.molecules) == 6 and len(pairs) == 3
     report = reproduction.measure(setting, "gpu", Run(out=tmp_path, quiet=True), setting.tables, "cpu")
     measured = {m.claim.id for m in report.measurements if m.measured is not None}
-    assert measured and all(name.startswith("fragments-") for name in measured)
+    assert measured and all(name.startswith(("fragments-", "volume-", "diversity-")) for name in measured)
 
 
 def test_without_the_proxys_weights_its_pairs_are_left_out(monkeypatch) -> None:

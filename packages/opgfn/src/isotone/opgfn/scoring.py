@@ -118,7 +118,7 @@ def evaluate(
     place = torch.arange(len(rows), device=rows.device)
     if condition is None and env.has_keys:
         # a state that several trajectories visit is seen by the network once
-        distinct, inverse = torch.unique(env.keys(rows), return_inverse=True)
+        distinct, inverse = torch.unique(env.row_keys(rows), return_inverse=True)
         rows, place = rows[torch.empty_like(distinct).scatter_(0, inverse, place)], inverse
     position[mask] = place
     given = None if condition is None else condition[:, None].expand(-1, mask.shape[1], -1)[mask]

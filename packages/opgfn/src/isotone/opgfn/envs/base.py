@@ -99,7 +99,11 @@ class Environment(ABC):
         return math.prod(self.cardinalities) <= 2**63
 
     def keys(self, states: Int[Tensor, "B width"]) -> Int[Tensor, " B"]:
-        """One integer a state, equal for equal states only. Raises `ValueError` where 63 bits do not suffice."""
+        """One integer a state, equal for states that mean the same. Raises `ValueError` as `row_keys`."""
+        return self.row_keys(states)
+
+    def row_keys(self, states: Int[Tensor, "B width"]) -> Int[Tensor, " B"]:
+        """One integer a row, equal for equal rows only. Raises `ValueError` where 63 bits do not suffice."""
         if not self.has_keys:
             raise ValueError(f"expected a state space below 2**63 rows, got {math.prod(self.cardinalities)}")
         places = [math.prod(self.cardinalities[:k]) for k in range(self.width)]
