@@ -256,3 +256,20 @@ def test_the_paper_scale_at_a_tiny_size(tmp_path, folder):
     assert [source["name"] for source in report.data] == ["text.txt", "config of model"]
     with pytest.raises(InputError, match="--model"):
         reproduce.reproduce("paper", run, folder / "text.txt", None, setting)
+
+
+def test_the_model_that_is_read_is_not_overwritten(tmp_path):
+    make(vocab_size=256).save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_text()
+    result = run_cli(app, ["convert", "model", "--num-key-value-layers", "2", "--out", "."], tmp_path)
+    assert result.code == 2 and "overwritten" in result.stderr
+    assert (tmp_path / "model" / "config.json").read_text() == before
+
+
+def test_a_base_of_nan_is_no_perfect_match(folder):
+    swift, spoilt = load(folder / "swift"), make(vocab_size=256)
+    with torch.no_grad():
+        spoilt.lm_head.weight[0, 0] = float("nan")
+    batch = [torch.zeros(1, 4, dtype=torch.long)]
+    with pytest.raises(InputError, match="compared with"):
+        fidelity(student_logits(swift), student_logits(spoilt), batch)

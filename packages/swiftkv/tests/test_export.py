@@ -194,3 +194,9 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
 def test_registration():
     for family in ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2"):
         assert AutoConfig.for_model(f"{family}_swiftkv").swiftkv is True
+
+
+def test_biases_that_arctic_drops_are_refused(tmp_path):
+    with pytest.raises(InputError, match="attention_bias"):
+        export_arctic(convert(make("llama-bias"), 2, 1), tmp_path)
+    assert not list(tmp_path.iterdir())

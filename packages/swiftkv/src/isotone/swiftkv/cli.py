@@ -33,8 +33,9 @@ def convert(
     """Make a swift model of a Hugging Face model, written to OUT/model."""
     from isotone.swiftkv.convert import convert as make
 
+    target = _target(model, run)
     swift = make(_load(model, run), num_key_value_layers, key_value_group_size)
-    return {"model": str(_save(swift, model, run.out / "model", export)), **_facts(swift)}
+    return {"model": str(_save(swift, model, target, export)), **_facts(swift)}
 
 
 @verb(app)
@@ -74,6 +75,7 @@ def distill(
         gradient_checkpointing=gradient_checkpointing,
         compute_dtype=compute_dtype,
     )
+    target = _target(model, run)
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
@@ -91,7 +93,7 @@ def distill(
             evaluate=_scores(held_out) if train == "qkv" else None,
             on_step=lambda step, value: bar.advance(1, loss=round(value, 4)),
         )
-    target = _save(swift, model, run.out / "model", export if swift.config.teacher_weights else "swift")
+    _save(swift, model, target, export if swift.config.teacher_weights else "swift")
     (run.out / "history.json").write_text(json.dumps(dataclasses.asdict(history), indent=1), encoding="utf-8")
     drawing, axes = figure("Distillation", "step", "loss")
     axes.plot(range(1, len(history.losses) + 1), history.losses)
@@ -269,10 +271,10 @@ def export(
 
     if format not in ("arctic", "swift", "dual"):
         raise InputError(f"expected --format to be arctic, swift or dual, got {format!r}")
+    target = _target(model, run)
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
-    target = run.out / "model"
     if format == "arctic":
         export_arctic(swift, target)
         _copy_tokenizer(model, target)
@@ -338,6 +340,14 @@ def _load(folder: Path, run: Run) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     return load(folder, dtype="auto").to(device.resolve(run.device))
+
+
+def _target(source: Path, run: Run) -> Path:
+    """Where a model is written. Raises `InputError` where that is the one which is read."""
+    target = run.out / "model"
+    if target.resolve() == source.resolve():
+        raise InputError(f"expected another --out: {str(target)!r} is the model that is read, it would be overwritten")
+    return target
 
 
 def _save(model: Any, source: Path, target: Path, export: str) -> Path:

@@ -61,8 +61,9 @@ def fidelity(student: Logits, teacher: Logits, batches: Sequence[Tensor | Batch]
         labels = whole.input_ids if whole.labels is None else whole.labels
         asked = labels[:, 1:] != IGNORED
         ours, theirs = (logits(*arguments)[:, :-1][asked].float() for logits in (student, teacher))
-        if not bool(ours.isfinite().all()):
-            raise InputError("expected finite logits, got NaN or infinity: are the model's weights whole?")
+        for name, logits in (("the model", ours), ("the model it is compared with", theirs)):
+            if not bool(logits.isfinite().all()):
+                raise InputError(f"expected finite logits of {name}, got NaN or infinity: are its weights whole?")
         wanted = labels[:, 1:][asked]
         log_ours, log_theirs = F.log_softmax(ours, -1), F.log_softmax(theirs, -1)
         parts = [

@@ -60,6 +60,8 @@ def arctic_config(model: Any) -> dict[str, Any]:
         raise InputError(
             f"expected a Llama: ArcticInference loads swift models of no other family, got {config.model_type}"
         )
+    if config.attention_bias:
+        raise InputError("expected attention_bias=False: ArcticInference drops the bias of o_proj in the upper layers")
     if split.key_value_group_size != 1:
         raise InputError(
             f"expected key_value_group_size 1: ArcticInference does not serve AcrossKV, got "
