@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from jax.extend.random import threefry_2x32
 
 from isotone.concrete_tickets import grad_balance, lagrangian
 from isotone.concrete_tickets.concrete import (
@@ -13,11 +14,11 @@ from isotone.concrete_tickets.concrete import (
     check_relaxation,
     expected_mask,
     initial_logit,
-    logistic_noise,
     probability_above_half,
     relaxed_mask,
 )
 from isotone.concrete_tickets.controllers import density_error, global_norm
+from isotone.concrete_tickets.noise import logistic_noise, threefry
 from isotone.shared.errors import InputError
 
 BOTH = pytest.mark.parametrize("parametrization", ["scaled", "standard"])
@@ -40,6 +41,13 @@ def test_sparse_masks_are_not_really_sparse():
     logit = float(initial_logit(0.01))
     assert abs(expected_mask(logit) - 0.075) < 0.001
     assert abs(expected_mask(logit, parametrization="standard") - 0.020) < 0.001
+
+
+def test_the_noise_is_jaxs_threefry():
+    key, counters = jnp.array([7, 2**31 + 5], jnp.uint32), jnp.arange(10, dtype=jnp.uint32)
+    assert jnp.array_equal(jnp.concatenate(threefry(key, counters)), threefry_2x32(key, counters))
+    odd, rbg = logistic_noise(jax.random.key(0), (7, 3)), logistic_noise(jax.random.key(0, impl="rbg"), (8,))
+    assert odd.shape == (7, 3) and len(set(odd.reshape(-1).tolist())) == 21 and np.isfinite(rbg).all()
 
 
 @BOTH

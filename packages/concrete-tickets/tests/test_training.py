@@ -173,7 +173,7 @@ def test_bad_trainings():
 )
 def test_models_have_the_papers_weights(name, shape, prunable):
     model = make_model(name, shape, 10)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = model.shapes
     assert sum(w.size for w in named_weights(params, model.where).values()) == prunable
     assert make_model(name, shape, 10) is model
     x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
@@ -186,7 +186,7 @@ def test_models_have_the_papers_weights(name, shape, prunable):
 def test_models_run_and_normalise_by_the_batch():
     model = make_model("resnet20", (8, 8, 3), 10, "bfloat16")
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    assert jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), x).dtype == jnp.float32
+    assert jax.eval_shape(model.apply, model.shapes, x).dtype == jnp.float32
     lenet = make_model("lenet", (8, 8, 1), 10)
     params = lenet.init(jax.random.key(0))
     grey = x[..., :1]
@@ -209,8 +209,14 @@ def test_deep_models_run(name):
 
 
 def test_digits():
+    from sklearn.datasets import load_digits
+
     digits = load_images("digits")
     assert len(digits.train[1]) == 1297 and len(digits.test[1]) == 500 and digits.shape == (8, 8, 1)
+    theirs = load_digits()
+    order = np.random.RandomState(0).permutation(1797)
+    assert np.array_equal(digits.test[1], theirs.target[order][1297:])
+    assert np.corrcoef(digits.test[0].reshape(-1), theirs.images[order][1297:].reshape(-1))[0, 1] > 1 - 1e-6
     assert abs(float(digits.train[0].mean())) < 1e-4 and digits.sha256 == load_images("digits").sha256
 
 

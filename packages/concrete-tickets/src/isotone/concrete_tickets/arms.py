@@ -2,7 +2,7 @@
 
 An arm is written METHOD[:OPTION][@init]:
 
-- `cts` (reverse KL), `cts:OBJECTIVE`, `cts:OBJECTIVE+lagrangian`
+- `cts` (reverse KL), `cts:OBJECTIVE`; `cts:OBJECTIVE+lagrangian`, `cts:OBJECTIVE+short` (an eighth of the epochs)
 - `ltr` (keep 0.8 a round), `ltr:0.5` (another share), `ltr:7` (that many rounds); `ltr@init` is IMP
 - `snip`, `grasp`, `synflow`; `snip:1`, `grasp:100`: rounds (1 where not given, 100 for SynFlow)
 - `saliency:OBJECTIVE`, `magnitude`, `random`, `erk`; `gmp`, gradual pruning during the one training; `dense`
@@ -12,15 +12,17 @@ Tickets are of the weights at the rewind point and trained from there; with `@in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from isotone.concrete_tickets import baselines, lottery
@@ -60,7 +62,7 @@ class Arm:
     def _check(self, text: str) -> None:
         option = str(self.option)
         if self.method in ("cts", "saliency"):
-            resolve_objective(option.removesuffix("+lagrangian"))
+            resolve_objective(option.removesuffix("+lagrangian").removesuffix("+short"))
         elif self.method == "ltr":
             lottery.rounds_to(0.5, self.keep(0.5))
         elif self.method in ("snip", "grasp", "synflow"):
@@ -137,22 +139,26 @@ class Experiment:
     @functools.cached_property
     def data(self) -> tuple[Array, Array]:
         """The training part, on the device whole."""
-        return jnp.asarray(self.images.train[0]), jnp.asarray(self.images.train[1])
+        return jax.device_put(self.images.train)
 
     @functools.cached_property
     def test(self) -> tuple[Array, Array]:
-        return jnp.asarray(self.images.test[0]), jnp.asarray(self.images.test[1])
+        return jax.device_put(self.images.test)
 
     def start(self, seed: int) -> Start:
         """Initial weights of the seed, and those after `rewind` epochs."""
         key = jax.random.fold_in(jax.random.key(seed), 1)
         initial = self.model.init(jax.random.key(seed))
-        return Start(initial, train(self.trainer, initial, self.data, key=key, last=self.rewind).params, key)
+        dense = Ticket.dense(initial, self.model.where)
+        rewind = train(self.trainer, initial, self.data, key=key, ticket=dense, last=self.rewind).params
+        return Start(initial, rewind, key)
 
     def finish(self, start: Start, ticket: Ticket | None, at_init: bool = False, weights: Params = None) -> Any:
         """Train `ticket` to the end of the recipe: `(params, test accuracy, seconds)`."""
         begin = time.perf_counter()
         params = start.weights(at_init) if weights is None else weights
+        # the ticket of everything, not None: a mask is an argument, and one compile serves all
+        ticket = Ticket.dense(params, self.model.where) if ticket is None else ticket
         first = 0 if at_init else self.rewind
         trained = train(self.trainer, params, self.data, key=start.key, ticket=ticket, first=first).params
         seconds = time.perf_counter() - begin
@@ -164,8 +170,12 @@ class Experiment:
 
     def search(self, start: Start, density: float | None, arm: Arm, seed: int, **more: Any) -> SearchResult:
         """The search of a `cts` arm."""
-        objective, _, controller = (arm.option or "kl").partition("+")
-        config = SearchConfig(**{**vars(self.config), "controller": controller or self.config.controller})
+        objective, _, form = (arm.option or "kl").partition("+")
+        config = self.config
+        if form == "lagrangian":
+            config = dataclasses.replace(config, controller="lagrangian")
+        elif form == "short":
+            config = dataclasses.replace(config, epochs=max(1, config.epochs // 8))
         return search(
             *(self.model.apply, start.weights(arm.at_init), self.data, density, objective),
             key=jax.random.fold_in(jax.random.key(seed), 2),
@@ -182,22 +192,32 @@ class Experiment:
         `folder`: where an `ltr` arm keeps its rounds, to go on with them.
         """
         arm = Arm.parse(text)
-        with warnings.catch_warnings():
-            # collapsed layers are in the outcome
-            warnings.simplefilter("ignore", LayerCollapse)
+        with _collapse_is_in_the_outcome():
+            begin = time.perf_counter()
             if arm.method == "gmp":
-                begin = time.perf_counter()
                 trained, ticket = lottery.gradual_magnitude(
                     self.trainer, start.initial, self.data, density, key=start.key, where=self.model.where
                 )
                 seconds = time.perf_counter() - begin
                 return Outcome(ticket, self.evaluate(trained.params), 0.0, seconds)
-            begin = time.perf_counter()
-            found, result = self._ticket(arm, density, seed, start, folder)
-            jax.block_until_ready(found.masks)
+            ticket, result = self._ticket(arm, density, seed, start, folder)
+            jax.block_until_ready(ticket.masks)
             ticket_seconds = time.perf_counter() - begin
-        _, correct, seconds = self.finish(start, found, arm.at_init)
-        return Outcome(found, correct, ticket_seconds, seconds, result)
+        _, correct, seconds = self.finish(start, ticket, arm.at_init)
+        return Outcome(ticket, correct, ticket_seconds, seconds, result)
+
+    def warm(self, text: str, density: float, seed: int, start: Start) -> None:
+        """Compile what `run` of this arm runs, by its ticket, where that takes no training, and one epoch."""
+        arm = Arm.parse(text)
+        with _collapse_is_in_the_outcome():
+            trains = arm.method in ("ltr", "gmp")
+            ticket = baselines.magnitude(start.rewind, density, self.model.where)
+            if not trains:
+                ticket, _ = self._ticket(arm, density, seed, start, None)
+            trained = train(self.trainer, start.rewind, self.data, key=start.key, ticket=ticket, last=1)
+            if trains:
+                lottery.prune_magnitude(trained.params, ticket, density)
+            self.evaluate(trained.params)
 
     def _ticket(
         self, arm: Arm, density: float, seed: int, start: Start, folder: Path | None
@@ -244,13 +264,20 @@ class Experiment:
 
     def objective_values(self, params: Params, ticket: Ticket, names: tuple[str, ...]) -> dict[str, float]:
         """The objectives of the exact ticket at frozen weights, over a thousand examples of the training part."""
-        inputs, labels = self.data[0][:1000], self.data[1][:1000]
+        inputs, labels = (part[:1000] for part in self.images.train)
         values = _values(self.model, tuple(named_weights(params, self.model.where)), names, self.images.prepare)
         return {n: float(v) for n, v in values(params, ticket.apply(params), inputs, labels).items()}
 
     def count(self, params: Params, density: float) -> int:
         """Weights to be kept at a density."""
         return kept_count(density, sum(w.size for w in named_weights(params, self.model.where).values()))
+
+
+@contextmanager
+def _collapse_is_in_the_outcome() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapse)
+        yield
 
 
 @functools.cache

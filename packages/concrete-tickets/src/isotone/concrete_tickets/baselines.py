@@ -22,10 +22,12 @@ from isotone.concrete_tickets.layout import (
     Where,
     default_kernels,
     kept_count,
+    leaf_name,
     masked,
     named_weights,
     top_k,
 )
+from isotone.concrete_tickets.noise import host_generator
 from isotone.concrete_tickets.objectives import ApplyFn, Batch, FeaturesFn, Network, Objective, resolve_objective
 from isotone.concrete_tickets.ticket import Ticket
 from isotone.shared.errors import InputError
@@ -44,12 +46,12 @@ def balanced_batch(data: tuple[Any, Any], per_class: int = 10, seed: int = 0) ->
             raise InputError(f"expected at least {per_class} examples of class {label}, got {len(members)}")
         picked.append(source.choice(members, per_class, replace=False))
     index = np.concatenate(picked)
-    return Batch(jnp.asarray(inputs)[index], jnp.asarray(labels[index], jnp.int32))
+    return Batch(np.asarray(inputs)[index], labels[index].astype(np.int32))
 
 
 def magnitude(params: Params, density: float, where: Where = default_kernels) -> Ticket:
     """The largest |theta| over all layers together."""
-    return Ticket.from_scores({n: jnp.abs(w) for n, w in named_weights(params, where).items()}, density)
+    return Ticket.from_scores({n: np.abs(np.asarray(w)) for n, w in named_weights(params, where).items()}, density)
 
 
 def random_ticket(
@@ -61,8 +63,7 @@ def random_ticket(
 ) -> Ticket:
     """Weights at random over all layers together, or at given densities of the layers (`density` is then unused)."""
     weights = named_weights(params, where)
-    keys = jax.random.split(key, len(weights))
-    scores = {n: jax.random.uniform(k, w.shape) for k, (n, w) in zip(keys, weights.items(), strict=True)}
+    scores = _random_scores(weights, key)
     if layer_densities is None:
         return Ticket.from_scores(scores, density)
     if missing := set(weights) - set(layer_densities):
@@ -97,10 +98,7 @@ def erk_counts(params: Params, density: float, where: Where = default_kernels) -
 
 def erk(params: Params, density: float, key: Array, where: Where = default_kernels) -> Ticket:
     """Random in each layer, at the Erdős-Rényi-Kernel densities."""
-    weights = named_weights(params, where)
-    keys = jax.random.split(key, len(weights))
-    scores = {n: jax.random.uniform(k, w.shape) for k, (n, w) in zip(keys, weights.items(), strict=True)}
-    return _by_layer(scores, erk_counts(params, density, where))
+    return _by_layer(_random_scores(named_weights(params, where), key), erk_counts(params, density, where))
 
 
 def snip(
@@ -130,8 +128,8 @@ def synflow(
 
     `linear_fn`: the network without normalisation over the batch, which would hide R.
     """
-    ones = jnp.ones_like(jnp.asarray(inputs[:1], jnp.float32))
-    return _iterate("synflow", linear_fn, params, Batch(ones, jnp.zeros(1, jnp.int32)), density, rounds, where)
+    ones = np.ones((1, *inputs.shape[1:]), np.float32)
+    return _iterate("synflow", linear_fn, params, Batch(ones, np.zeros(1, np.int32)), density, rounds, where)
 
 
 def saliency(
@@ -163,14 +161,20 @@ def _iterate(kind, apply_fn, params, batch, density, rounds, where, objective=No
         raise InputError(f"expected rounds to be at least 1, got {rounds}")
     layout = Layout.of(params, where)
     count = kept_count(density, layout.total)
-    mask = jnp.ones(layout.total, bool)
+    mask: Any = np.ones(layout.total, bool)
     for number in range(1, rounds + 1):
-        value = _scores(kind, apply_fn, layout, objective, features_fn, params, mask.astype(jnp.float32), batch)
-        if not bool(jnp.isfinite(value).all()):
-            raise InputError(f"expected finite scores, got NaN or infinity in round {number} of {kind}")
         kept = count if number == rounds else max(count, round(layout.total * density ** (number / rounds)))
-        mask = top_k(jnp.where(mask, value, -jnp.inf), kept)
+        mask, finite = _round(kind, apply_fn, layout, objective, features_fn, params, mask, batch, kept)
+        if not finite:
+            raise InputError(f"expected finite scores, got NaN or infinity in round {number} of {kind}")
     return Ticket._of(layout, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _round(kind, apply_fn, layout, objective, features_fn, params, mask, batch, kept) -> tuple[Array, Array]:
+    """The `kept` weights of `mask` with the highest scores, and whether the scores are finite."""
+    value = _scores(kind, apply_fn, layout, objective, features_fn, params, mask.astype(jnp.float32), batch)
+    return top_k(jnp.where(mask, value, -jnp.inf), kept), jnp.isfinite(value).all()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -221,11 +225,14 @@ def named_only(params: Params, layout: Layout) -> dict[str, Array]:
 
 
 def _replaced(params: Params, leaves: dict[str, Array]) -> Params:
-    from isotone.concrete_tickets.layout import leaf_name
-
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(leaf_name(path), leaf), params)
 
 
-def _by_layer(scores: dict[str, Array], counts: dict[str, int]) -> Ticket:
+def _random_scores(weights: dict[str, Any], key: Array) -> dict[str, np.ndarray]:
+    source = host_generator(key)
+    return {name: source.random(w.shape, np.float32) for name, w in weights.items()}
+
+
+def _by_layer(scores: dict[str, np.ndarray], counts: dict[str, int]) -> Ticket:
     flat = {name: top_k(value.reshape(-1), counts[name]) for name, value in scores.items()}
     return Ticket({name: flat[name].reshape(value.shape) for name, value in scores.items()})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isotone.concrete_tickets.objectives import Batch
+from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.errors import InputError
 
 
@@ -37,21 +37,22 @@ def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[
         raise InputError(f"expected labels as whole numbers, one an example, got {host.dtype} of shape {host.shape}")
     if host.min() < 0 or (classes is not None and host.max() >= classes):
         raise InputError(f"expected labels from 0 to {(classes or 0) - 1}, got {host.min()} to {host.max()}")
-    return jnp.asarray(inputs), jnp.asarray(labels, jnp.int32)
+    return jax.device_put(inputs), jax.device_put(host.astype(np.int32))
 
 
-def epoch_order(key: Array, epoch: Array | int, examples: int, batch_size: int) -> Array:
-    """Indices (steps, batch_size) of an epoch; what does not fill a batch waits for another epoch."""
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+def epoch_order(key: Array, epoch: int, examples: int, batch_size: int) -> np.ndarray:
+    """Indices (steps, batch_size) of an epoch; what does not fill a batch waits for another epoch.
+
+    Drawn on the host, so that no sort has to be compiled.
+    """
     steps = examples // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    order = host_generator(key, epoch).permutation(examples)[: steps * batch_size]
+    return order.reshape(steps, batch_size).astype(np.int32)
 
 
-def take(inputs: Any, labels: Array, index: Array, axis_name: str | None = None, devices: int = 1) -> Batch:
-    """The examples of `index` (batch,); with `axis_name`, this device's share of them."""
-    if axis_name is not None:
-        index = index.reshape(devices, -1)[jax.lax.axis_index(axis_name)]
-    return Batch(inputs[index], labels[index])
+def share(index: Array, axis_name: str, devices: int) -> Array:
+    """This device's part of a batch's indices (batch,), inside shard_map."""
+    return index.reshape(devices, -1)[jax.lax.axis_index(axis_name)]
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "prepare"))

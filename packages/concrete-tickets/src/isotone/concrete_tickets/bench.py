@@ -1,8 +1,8 @@
-"""Speed: a search step beside a training step of the same batch, and beside an eager PyTorch loop of the same search.
+"""Speed: a search step beside a training step of the same batch, and beside what one would use in PyTorch.
 
-The peer is the search as one writes it in PyTorch: masks from logits, `torch.func.functional_call` at the masked
-weights, autograd, `torch.optim.Adam`. Before timing, both take the same noise and must give the same objective and the
-same gradient.
+The peers are an eager PyTorch loop of the same search (masks from logits, the forward at masked weights, autograd,
+`torch.optim.Adam`) and, for plain magnitude masks, `torch.nn.utils.prune`. Before timing, both sides must give the same
+objective and gradient at the same noise, and the same mask.
 """
 
 from __future__ import annotations
@@ -17,31 +17,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from isotone.concrete_tickets.arms import Experiment
+from isotone.concrete_tickets.baselines import magnitude
 from isotone.concrete_tickets.concrete import TAU, relaxed_mask
 from isotone.concrete_tickets.images import load_images
-from isotone.concrete_tickets.layout import Layout, masked
+from isotone.concrete_tickets.layout import Layout, masked, named_weights
 from isotone.concrete_tickets.models import make_model
 from isotone.concrete_tickets.objectives import Batch, Network, reverse_kl
 from isotone.concrete_tickets.search import SearchConfig, search
 from isotone.concrete_tickets.training import Recipe, train
-from isotone.shared import device
+from isotone.shared import device, progress
 from isotone.shared.bench import compare
 from isotone.shared.claims import Ratio, Report
 from isotone.shared.cli import Run
 
-EPOCHS, ROUNDS = 4, 12
+EPOCHS, ROUNDS, DENSITY = 12, 15, 0.0074
+STEP = 1 / 1.5
+"""A search step may take 1.5 times a training step."""
 
 
 def bench(run: Run, rounds: int = ROUNDS) -> Report:
-    """Time whole scans of 4 epochs on the digits, divided by their steps."""
+    """Time whole scans of 12 epochs on the digits, divided by their steps; rows with PyTorch where it is installed."""
     begin = time.perf_counter()
     where = device.resolve(run.device, "jax")
     images = load_images("digits")
-    ratios: list[Ratio] = []
-    for name in ("mlp", "lenet"):
-        ratios += _step_rows(name, images, rounds, where)
-    ratios += _cached_row(images, rounds, where)
-    ratios += _torch_row(images, rounds, where)
+    plan = _plan(images, rounds, where)
+    with progress.bar("concrete-tickets bench", len(plan), run.silent) as bar:
+        ratios = []
+        for row in plan:
+            ratios.append(row())
+            bar.advance(1)
     return Report(
         "concrete-tickets",
         "bench",
@@ -54,86 +58,118 @@ def bench(run: Run, rounds: int = ROUNDS) -> Report:
     )
 
 
+def _plan(images: Any, rounds: int, where: str) -> list[Callable[[], Ratio]]:
+    """The rows, as functions that time them."""
+    mlp, lenet = (_experiment(name, images) for name in ("mlp", "lenet"))
+    step = functools.partial(step_row, rounds=rounds, where=where)
+    plan = [
+        functools.partial(step, mlp, "kl", "none"),
+        functools.partial(step, mlp, "kl", "examples"),
+        functools.partial(step, mlp, "loss", "none"),
+        functools.partial(step, lenet, "kl", "none"),
+        functools.partial(step, lenet, "kl", "batches"),
+    ]
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return plan
+    peers = [
+        functools.partial(torch_row, mlp, rounds, where),
+        functools.partial(magnitude_row, rounds, where),
+    ]
+    return plan + peers
+
+
 def _experiment(name: str, images: Any) -> Experiment:
     model = make_model(name, images.shape, images.classes)
     return Experiment(images, model, Recipe(epochs=EPOCHS), 0, SearchConfig(epochs=EPOCHS))
 
 
+def _steps(experiment: Experiment) -> int:
+    return EPOCHS * (len(experiment.images.train[1]) // experiment.recipe.batch_size)
+
+
 def _searcher(experiment: Experiment, params: Any, objective: str, **settings: Any) -> Callable[[], Any]:
     return functools.partial(
         search,
-        *(experiment.model.apply, params, experiment.data, 0.0074, objective),
+        *(experiment.model.apply, params, experiment.data, DENSITY, objective),
         config=experiment.config,
         where=experiment.model.where,
         **settings,
     )
 
 
-def _step_rows(name: str, images: Any, rounds: int, where: str) -> list[Ratio]:
-    """The search step may take 1.5 times the training step: ratio 0.667 or more."""
-    experiment = _experiment(name, images)
-    params = experiment.model.init(jax.random.key(0))
-    steps = EPOCHS * (len(images.train[1]) // experiment.recipe.batch_size)
+def step_row(experiment: Experiment, objective: str, cache: str, rounds: int, where: str) -> Ratio:
+    """A search step beside a training step."""
+    params, name = experiment.model.init(jax.random.key(0)), experiment.model.name
     trainer = functools.partial(train, experiment.trainer, params, experiment.data)
-    found = []
-    for objective, target in (("kl", 1 / 1.5), ("loss", 1 / 1.5)):
-        timing = compare(_searcher(experiment, params, objective), trainer, rounds=rounds, warmup=2, device=where)
-        ours = timing.ours_seconds / steps
-        work = f"{name} on digits, a step of 128"
-        peer = "jitted training step", f"jax {jax.__version__}"
-        found.append(
-            Ratio(
-                f"{name}-{objective}-train",
-                work,
-                f"search step ({objective})",
-                *peer,
-                ours,
-                ours * timing.ratio,
-                "s",
-                target,
-            )
-        )
-    return found
+    searcher = _searcher(experiment, params, objective, cache_dense=cache)
+    timing = compare(searcher, trainer, rounds=rounds, warmup=2, device=where)
+    ours = timing.ours_seconds / _steps(experiment)
+    cached = "" if cache == "none" else f", dense logits cached by {cache}"
+    return Ratio(
+        f"{name}-{objective}-train" + ("" if cache == "none" else "-cached"),
+        f"{name} on digits, a step of 128",
+        f"search step ({objective}{cached})",
+        *("jitted training step", f"jax {jax.__version__}"),
+        *(ours, ours * timing.ratio, "s", STEP),
+    )
 
 
-def _cached_row(images: Any, rounds: int, where: str) -> list[Ratio]:
-    experiment = _experiment("lenet", images)
-    params = experiment.model.init(jax.random.key(0))
-    cached = _searcher(experiment, params, "kl", cache_dense=True)
-    timing = compare(cached, _searcher(experiment, params, "kl"), rounds=rounds, warmup=2, device=where)
-    steps = EPOCHS * (len(images.train[1]) // experiment.recipe.batch_size)
-    ours = timing.ours_seconds / steps
-    peer = "search step (kl)", "this package"
-    work = "lenet on digits, a step of 128"
-    ratio = Ratio("lenet-cached", work, "the same, cache_dense", *peer, ours, ours * timing.ratio, "s", None)
-    return [ratio]
+def torch_row(experiment: Experiment, rounds: int, where: str) -> Ratio:
+    """The search of an MLP beside the PyTorch loop."""
+    import torch
 
-
-def _torch_row(images: Any, rounds: int, where: str) -> list[Ratio]:
-    try:
-        import torch
-    except ImportError:
-        return []
-    experiment = _experiment("mlp", images)
     params = experiment.model.init(jax.random.key(0))
     check_equal_to_torch(experiment, params)
-    steps = EPOCHS * (len(images.train[1]) // experiment.recipe.batch_size)
     peer = TorchSearch(experiment, params, "cuda" if where == "cuda" else "cpu")
-    ours = _searcher(experiment, params, "kl")
-    timing = compare(ours, lambda: peer.run(steps), rounds=rounds, warmup=2, device=where)
-    seconds = timing.ours_seconds / steps
-    row = Ratio(
+    steps = _steps(experiment)
+    timing = compare(
+        *(_searcher(experiment, params, "kl"), lambda: peer.run(steps)), rounds=rounds, warmup=2, device=where
+    )
+    ours = timing.ours_seconds / steps
+    return Ratio(
         "mlp-torch",
         "mlp on digits, a search step of 128 (kl)",
-        "one scan",
-        "eager PyTorch loop",
-        str(torch.__version__),
-        seconds,
-        seconds * timing.ratio,
-        "s",
-        3.0,
+        "one compiled loop",
+        *("eager PyTorch loop", str(torch.__version__)),
+        *(ours, ours * timing.ratio, "s", 3.0),
     )
-    return [row]
+
+
+def magnitude_row(rounds: int, where: str) -> Ratio:
+    """A global magnitude mask of ResNet-20's weights beside `torch.nn.utils.prune`."""
+    import torch
+    from torch.nn.utils import prune
+
+    model = make_model("resnet20", (32, 32, 3), 10)
+    params = model.init(jax.random.key(0))
+    weights = named_weights(params, model.where)
+    place = "cuda" if where == "cuda" else "cpu"
+    values = [torch.nn.Parameter(_tensor(torch, w, place)) for w in weights.values()]
+
+    def theirs() -> Any:
+        holders = [torch.nn.Module() for _ in values]
+        for holder, value in zip(holders, values, strict=True):
+            holder.register_parameter("weight", value)
+        pairs = [(holder, "weight") for holder in holders]
+        prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=total - kept)
+        return [holder.weight_mask for holder in holders]
+
+    ours = functools.partial(magnitude, params, DENSITY, model.where)
+    ticket = ours()
+    total, kept = ticket.total, ticket.kept
+    for mask, other in zip(ticket.masks.values(), theirs(), strict=True):
+        if not np.array_equal(np.asarray(mask), other.cpu().numpy() > 0):
+            raise RuntimeError("expected the mask of torch.nn.utils.prune, got another")
+    timing = compare(lambda: ours().masks, theirs, rounds=rounds, warmup=2, device=where)
+    return Ratio(
+        "magnitude-torch",
+        "ResNet-20, a global magnitude mask",
+        "magnitude",
+        *("torch.nn.utils.prune.global_unstructured", str(torch.__version__)),
+        *(timing.ours_seconds, timing.ours_seconds * timing.ratio, "s", 1.0),
+    )
 
 
 class TorchSearch:
@@ -166,7 +202,7 @@ class TorchSearch:
             log_p = torch.log_softmax(self.forward(self.weights, x), -1)
         return 100 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
 
-    def run(self, steps: int, density: float = 0.0074) -> Any:
+    def run(self, steps: int, density: float = DENSITY) -> Any:
         """`steps` steps from the start; the logits."""
         torch = self.torch
         start = float(np.log(density / (1 - density)))

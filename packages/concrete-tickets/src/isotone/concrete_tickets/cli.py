@@ -24,6 +24,7 @@ from isotone.concrete_tickets.models import make_model
 from isotone.concrete_tickets.objectives import OBJECTIVES, resolve_objective
 from isotone.concrete_tickets.sanity import sanity_check
 from isotone.concrete_tickets.search import SearchConfig
+from isotone.concrete_tickets.study import Study
 from isotone.concrete_tickets.ticket import Ticket
 from isotone.concrete_tickets.torch_masks import to_torch_order, torch_name
 from isotone.concrete_tickets.training import Recipe
@@ -31,7 +32,7 @@ from isotone.concrete_tickets.training import train as train_network
 from isotone.concrete_tickets.weights import load_arrays, load_weights, save_weights
 from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
-from isotone.shared.claims import Report
+from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run, paper_app, run_main, verb
 from isotone.shared.errors import InputError
 
@@ -232,8 +233,9 @@ def compare(
         experiment = _experiment(data, model, recipe, rewind, config)
         for value in densities:
             _count(experiment, value)
-        seeds = run.seeds or (0,)
-        rows = reproduction.rows(experiment, names, densities, seeds, run, {"data": experiment.images.sha256})
+        config = repr((experiment.recipe, experiment.config, experiment.rewind, experiment.model.name))
+        log = ArmLog(run.out, {"data": experiment.images.sha256, "config": config}, run.resume)
+        rows = Study(experiment, log, run).rows(names, densities, run.seeds or (0,))
         run.out.mkdir(parents=True, exist_ok=True)
         _write_json(run.out / "compare.json", rows)
         plots.accuracy_against_density(rows).savefig(run.out / "accuracy-density.png", dpi=120)
@@ -349,8 +351,7 @@ def _experiment(data: str, model: str, recipe: Recipe, rewind: int, config: Sear
 
 def _count(experiment: Experiment, density: float | None, structure: str = "weight") -> None:
     """Refuse what cannot be kept, before anything is trained."""
-    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    layout = Layout.of(shapes, experiment.model.where, structure)
+    layout = Layout.of(experiment.model.shapes, experiment.model.where, structure)
     if density is not None:
         kept_count(density, layout.total)
 
@@ -388,12 +389,11 @@ def _opened(folder: Path) -> tuple[Experiment, Start, Ticket]:
     if experiment.images.sha256 != settings["sha256"]:
         raise InputError(f"expected the data that the ticket was found on, {data!r} has changed")
     ticket = Ticket.load(folder / "ticket.safetensors")
-    initial = experiment.model.init(jax.random.key(seed))
     path = folder / "rewind.safetensors"
     if not path.exists():
         raise InputError(f"expected the rewind checkpoint at {str(path)!r}, found no such file")
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return experiment, Start(initial, load_weights(path, initial), key), ticket
+    initial, rewind = experiment.model.init(jax.random.key(seed)), load_weights(path, experiment.model.shapes)
+    return experiment, Start(initial, rewind, jax.random.fold_in(jax.random.key(seed), 1)), ticket
 
 
 def _out(run: Run, folder: Path) -> Path:

@@ -31,11 +31,6 @@ def check_relaxation(tau: float, parametrization: str) -> None:
         raise InputError(f"expected parametrization to be scaled or standard, got {parametrization!r}")
 
 
-def logistic_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, ...]:
-    """l = log u - log(1 - u), u uniform on (0, 1), float32. Drawn so that neither end is reached (no infinities)."""
-    return jax.random.logistic(key, shape, jnp.float32)
-
-
 def relaxed_mask(
     logits: Float[Array, ...], noise: Float[Array, ...], tau: float = TAU, parametrization: str = "scaled"
 ) -> Float[Array, ...]:

@@ -47,7 +47,8 @@ def grad_balance(slack: float = 1.1, ema: float = 0.01) -> optax.GradientTransfo
         updates: Any, state: ControllerState, params: Any = None, *, density: Any, sizes: Any = None, **_: Any
     ) -> tuple[Any, ControllerState]:
         error, gradient = density_error(params, slack * density, sizes)
-        target = jnp.where(error > 0, global_norm(updates) / (global_norm(gradient) + 1e-12), 0.0)
+        # where h would underflow, no density is too high
+        target = jnp.where(error > 0, global_norm(updates) / (optax.global_norm(gradient) + 1e-12), 0.0)
         average = (1 - ema) * state.multiplier + ema * target
         multiplier = jnp.where(state.steps == 0, target, average)
         return _add(updates, multiplier, gradient), ControllerState(multiplier, state.steps + 1)
@@ -78,21 +79,34 @@ def density_error(logits: Any, density: Any, sizes: Any = None) -> tuple[Float[A
     """err = 100 (sum sigmoid(alpha) / (density * d) - 1), in percent, and h, its gradient by alpha (analytic)."""
     if logits is None:
         raise ValueError("expected the logits as params: update(updates, state, logits, density=...)")
-    if sizes is None:
-        sizes = jax.tree.map(jnp.ones_like, logits)
-    total = sum(jnp.sum(size) for size in jax.tree.leaves(sizes))
-    probabilities = jax.tree.map(jax.nn.sigmoid, logits)
-    expected = sum(jax.tree.leaves(jax.tree.map(lambda p, s: jnp.sum(p * s), probabilities, sizes)))
-    error = 100 * (expected / (density * total) - 1)
+    each, total = _sizes(logits, sizes)
     scale = 100 / (density * total)
-    return error, jax.tree.map(lambda p, s: scale * s * p * (1 - p), probabilities, sizes)
+
+    def slope(logit: Array, size: Any) -> Array:
+        p = jax.nn.sigmoid(logit)
+        return scale * size * p * (1 - p)
+
+    return 100 * (expected_density(logits, sizes) / density - 1), jax.tree.map(slope, logits, each)
+
+
+def expected_density(logits: Any, sizes: Any = None) -> Float[Array, ""]:
+    """sum sigmoid(alpha) / d."""
+    each, total = _sizes(logits, sizes)
+    parts = jax.tree.map(lambda logit, size: jnp.sum(jax.nn.sigmoid(logit) * size), logits, each)
+    return sum(jax.tree.leaves(parts)) / total
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """The Euclidean norm over all leaves, safe where the squares would underflow: divided by the largest first."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
-    unit = jnp.where(largest > 0, largest, 1.0)
-    return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in jax.tree.leaves(tree)))
+    """The Euclidean norm over all leaves; where squares could under- or overflow, divided by the largest first."""
+    leaves = jax.tree.leaves(tree)
+
+    def scaled() -> Array:
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+        unit = jnp.where(largest > 0, largest, 1.0)
+        return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
+
+    plain = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+    return jax.lax.cond((plain > 1e-12) & (plain < 1e18), lambda: plain, scaled)
 
 
 def _init(params: Any) -> ControllerState:
@@ -102,3 +116,10 @@ def _init(params: Any) -> ControllerState:
 
 def _add(updates: Any, multiplier: Array, gradient: Any) -> Any:
     return jax.tree.map(lambda g, h: g + multiplier * h, updates, gradient)
+
+
+def _sizes(logits: Any, sizes: Any) -> tuple[Any, Any]:
+    """How many weights each logit stands for, 1 where not given, and d."""
+    if sizes is None:
+        return jax.tree.map(lambda _: 1.0, logits), sum(leaf.size for leaf in jax.tree.leaves(logits))
+    return sizes, sum(jnp.sum(size) for size in jax.tree.leaves(sizes))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import struct
 import zipfile
 import zlib
@@ -65,13 +66,14 @@ def load_images(source: str) -> Images:
 
 
 def _digits() -> Images:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = np.random.RandomState(0).permutation(len(found.target))
-    images, labels = found.images[order].astype(np.float32)[..., None], found.target[order].astype(np.int32)
+    # the file behind sklearn.datasets.load_digits: importing all of scikit-learn for it would take seconds
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", np.float32, delimiter=",")
+    table = table[np.random.RandomState(0).permutation(len(table))]
+    images, labels = table[:, :-1].reshape(-1, 8, 8, 1), table[:, -1].astype(np.int32)
     images = (images - images[:1297].mean()) / images[:1297].std()
-    return _make("digits", (images[:1297], labels[:1297]), (images[1297:], labels[1297:]), 10, None, None)
+    return _make("digits", *_cut(images, labels, 1297), 10, None, None)
 
 
 def _mnist(kind: str, folder: Path) -> Images:

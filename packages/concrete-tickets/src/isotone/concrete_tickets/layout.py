@@ -24,7 +24,7 @@ Params = Any
 """Any pytree of arrays: a flax nnx State or its pure dict, linen's `variables["params"]`, or plain containers."""
 Where = Callable[[str, Any], bool]
 """`where(name, leaf) -> bool`: whether the leaf called `name` ("layers/0/kernel") may be pruned."""
-Masks = Mapping[str, Array]
+Masks = Mapping[str, Array | np.ndarray]
 """For each prunable leaf, by name, a mask of its shape."""
 
 _NOT_KERNEL = re.compile(r"(^|[^a-z])(bias|scale|embed\w*|norm\w*|\w*norm|bn\d*)([^a-z]|$)", re.I)
@@ -146,33 +146,36 @@ class Layout:
         pairs = [(math.prod(g), math.prod(s)) for g, s in zip(self.group_shapes, self.shapes, strict=True)]
         return jnp.concatenate([jnp.full(count, weights // count, jnp.float32) for count, weights in pairs])
 
+    def cut(self, flat: Array | np.ndarray) -> dict[str, Any]:
+        """The flat vector (g,) cut into one array for each leaf, of its `group_shapes`."""
+        found, start = {}, 0
+        for name, group in zip(self.names, self.group_shapes, strict=True):
+            found[name] = flat[start : start + math.prod(group)].reshape(group)
+            start += math.prod(group)
+        return found
+
     def expand(self, flat: Array) -> dict[str, Array]:
-        """The flat vector (..., g) cut into one array for each leaf, broadcast to the leaf's shape."""
-        found, start = {}, 0
-        for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
-            part = flat[start : start + math.prod(group)].reshape(group)
-            found[name] = part if group == shape else jnp.broadcast_to(part, shape)
-            start += math.prod(group)
-        return found
+        """`cut`, each array broadcast to its leaf's shape."""
+        parts = self.cut(flat)
+        return {n: jnp.broadcast_to(parts[n], shape) for n, shape in zip(self.names, self.shapes, strict=True)}
 
-    def expand_eagerly(self, flat: Array) -> dict[str, Array]:
+    def expand_eagerly(self, flat: Array | np.ndarray) -> dict[str, Array]:
         """`expand` outside jit: cut on the host, where no slice has to be compiled."""
-        host = np.asarray(flat)
-        found, start = {}, 0
-        for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
-            part = host[start : start + math.prod(group)].reshape(group)
-            found[name] = jnp.asarray(np.broadcast_to(part, shape))
-            start += math.prod(group)
-        return found
+        parts = self.cut(np.asarray(flat))
+        shapes = zip(self.names, self.shapes, strict=True)
+        return {name: jax.device_put(np.broadcast_to(parts[name], shape)) for name, shape in shapes}
 
-    def flatten(self, scores: Masks) -> Array:
-        """The inverse of `expand`: one entry a group, the sum of its weights' scores. Raises on other shapes."""
+    def flatten(self, scores: Mapping[str, Any]) -> Any:
+        """The inverse of `expand`: one entry a group, the sum of its weights' scores, of NumPy where they are.
+
+        Raises `InputError` on other shapes.
+        """
         self.check(scores)
         parts = []
         for name, shape, group in zip(self.names, self.shapes, self.group_shapes, strict=True):
             axes = tuple(i for i, (a, b) in enumerate(zip(shape, group, strict=True)) if a != b)
-            parts.append(jnp.sum(jnp.asarray(scores[name]), axis=axes).reshape(-1))
-        return jnp.concatenate(parts)
+            parts.append((scores[name].sum(axis=axes) if axes else scores[name]).reshape(-1))
+        return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(parts)
 
     def check(self, leaves: Mapping[str, Any]) -> None:
         """Raise `InputError` naming the first leaf of this layout that `leaves` has not, or in another shape."""
@@ -182,15 +185,17 @@ class Layout:
             if tuple(leaves[name].shape) != shape:
                 raise InputError(f"expected {name} of shape {shape}, got {tuple(leaves[name].shape)}")
 
-    def select(self, scores: Array, density: float | None, count: int | None = None) -> Bool[Array, " groups"]:
+    def select(
+        self, scores: Array | np.ndarray, density: float | None, count: int | None = None
+    ) -> Bool[Array, " groups"]:
         """The mask of the groups with the largest scores.
 
         Exactly floor(density * d) weights for "weight", exactly N of each M for "N:M" (`density` is then N/M or
         None), at most floor(density * d) for groups of several weights, which are taken from the top until the
         next does not fit. `count` weights instead, where given. Ties go to the lower index. Raises `InputError` on NaN.
         """
-        if bool(jnp.isnan(scores).any()):
-            raise InputError(f"expected scores without NaN, got {int(jnp.isnan(scores).sum())} of {scores.size}")
+        if bad := int(np.isnan(np.asarray(scores)).sum()):
+            raise InputError(f"expected scores without NaN, got {bad} of {scores.size}")
         if self.n_of_m is not None:
             return self._select_blocks(scores, *self.n_of_m, density)
         if count is None:
@@ -206,12 +211,12 @@ class Layout:
             raise InputError(f"expected a density that keeps a group of {size} weights, got room for {count}")
         return jnp.zeros(self.groups, bool).at[order].set(fits)
 
-    def _select_blocks(self, scores: Array, n: int, m: int, density: float | None) -> Array:
+    def _select_blocks(self, scores: Array | np.ndarray, n: int, m: int, density: float | None) -> Array:
         if density is not None and not math.isclose(density, n / m):
             raise InputError(f"expected density {n / m:g} for structure {self.structure}, got {density}")
         parts = []
         for name in self.names:
-            leaf = self.expand(scores)[name]
+            leaf = self.expand_eagerly(scores)[name]
             blocks = jnp.moveaxis(leaf, -2, -1).reshape(-1, m)
             kept = jax.vmap(top_k, (0, None))(blocks, n)
             back = kept.reshape(*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2])
@@ -221,8 +226,25 @@ class Layout:
 
 @jax.jit
 def top_k(scores: Array, k: Array | int) -> Array:
-    """True at exactly the `k` largest of the scores (n), ties to the lower index. `k` may be traced: one compile."""
-    threshold = jnp.sort(scores)[scores.shape[0] - jnp.maximum(k, 1)]
-    above, tied = scores > threshold, scores == threshold
+    """True at exactly the `k` largest of the scores (n), compared as float32, ties to the lower index.
+
+    `k` may be traced: one compile. Nothing is sorted: 64 counts find the k-th score, and the last index of its ties.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores).astype(jnp.float32), jnp.uint32)
+    # the order of the floats as that of unsigned numbers: negative ones turned round, below the others
+    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    score = _largest(ordered, k)
+    above, tied = ordered > score, ordered == score
     needed = k - jnp.sum(above)
-    return (above | (tied & (jnp.cumsum(tied) <= needed))) & (k > 0)
+    early = jnp.where(tied, ~jnp.arange(scores.shape[0], dtype=jnp.uint32), 0)
+    return (above | (tied & (early >= _largest(early, needed)))) & (k > 0)
+
+
+def _largest(values: Array, k: Array | int) -> Array:
+    """The k-th largest of unsigned 32-bit values, from its highest bit down."""
+
+    def settle(place: Array, found: Array) -> Array:
+        higher = found | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))
+        return jnp.where(jnp.sum(values >= higher) >= k, higher, found)
+
+    return jax.lax.fori_loop(0, 32, settle, jnp.uint32(0))

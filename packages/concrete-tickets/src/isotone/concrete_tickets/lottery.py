@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from isotone.concrete_tickets.layout import Params, Where, default_kernels, named_weights
+from isotone.concrete_tickets.resume import fingerprint
 from isotone.concrete_tickets.ticket import Ticket
 from isotone.concrete_tickets.training import Trained, Trainer, train
 from isotone.shared.checkpoint import atomic_write
@@ -74,10 +72,7 @@ def imp(
 
 def _check_folder(folder: Path, params: Params, density: float, keep: float) -> None:
     """The folder says whose rounds it holds."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-    identity = {"weights": digest.hexdigest(), "density": density, "keep": keep}
+    identity = {"weights": fingerprint(params), "density": density, "keep": keep}
     path = folder / "rounds.json"
     if path.exists():
         try:
@@ -96,8 +91,8 @@ def prune_magnitude(trained: Params, ticket: Ticket, density: float) -> Ticket:
     """The floor(density * d) largest |w| among the weights that `ticket` keeps."""
     names = set(ticket.masks)
     weights = named_weights(trained, lambda name, _: name in names)
-    scores = {name: jnp.where(ticket.masks[name], jnp.abs(w), -1.0) for name, w in weights.items()}
-    if any(bool(jnp.isnan(score).any()) for score in scores.values()):
+    scores = {name: np.where(np.asarray(ticket.masks[name]), np.abs(np.asarray(w)), -1) for name, w in weights.items()}
+    if any(np.isnan(score).any() for score in scores.values()):
         raise InputError("expected trained weights without NaN, got NaN")
     return Ticket.from_scores(scores, density)
 

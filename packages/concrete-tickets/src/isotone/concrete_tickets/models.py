@@ -7,31 +7,33 @@ every ReLU; with `linear=True` normalisation is an affine map alone, which is wh
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from isotone.concrete_tickets.layout import Params, Where, default_kernels
+from isotone.concrete_tickets.layout import Params, Where, default_kernels, leaf_name
+from isotone.concrete_tickets.noise import host_generator
 from isotone.concrete_tickets.objectives import ApplyFn, FeaturesFn
 from isotone.shared.errors import InputError
 
 MODELS = ("mlp", "lenet", "resnet20", "vgg16")
-_HE = nnx.initializers.he_normal()
 
 
 class BatchStatNorm(nnx.Module):
     """Batch normalisation without running statistics: those of the dense network are wrong for a sparse one.
 
-    Scale ~ U(0, 1), bias 0, as the paper's code. `axis_name`: the mesh axis the batch is spread over.
+    `axis_name`: the mesh axis the batch is spread over.
     """
 
-    def __init__(self, channels: int, *, axis_name: str | None, rngs: nnx.Rngs) -> None:
-        self.scale = nnx.Param(jax.random.uniform(rngs.params(), (channels,)))
+    def __init__(self, channels: int, *, axis_name: str | None) -> None:
+        self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.axis_name = axis_name
 
@@ -75,9 +77,7 @@ class MLP(_Network):
 
     def __init__(self, inputs: int, classes: int, *, hidden: tuple[int, ...] = (300, 100), dtype: Any, rngs: nnx.Rngs):
         sizes = (inputs, *hidden, classes)
-        self.layers = nnx.List(
-            nnx.Linear(a, b, kernel_init=_HE, dtype=dtype, rngs=rngs) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nnx.List(nnx.Linear(a, b, dtype=dtype, rngs=rngs) for a, b in zip(sizes, sizes[1:], strict=False))
 
     def run(self, x: Array, tap: Callable[[Array], Array], linear: bool) -> Array:
         x = x.reshape(x.shape[0], -1)
@@ -93,10 +93,10 @@ class LeNet(_Network):
         self, shape: tuple[int, int, int], classes: int, *, dtype: Any, axis_name: str | None, rngs: nnx.Rngs
     ) -> None:
         height, width, channels = shape
-        conv = functools.partial(nnx.Conv, kernel_size=(5, 5), use_bias=False, kernel_init=_HE, dtype=dtype, rngs=rngs)
-        dense = functools.partial(nnx.Linear, kernel_init=_HE, dtype=dtype, rngs=rngs)
+        conv = functools.partial(nnx.Conv, kernel_size=(5, 5), use_bias=False, dtype=dtype, rngs=rngs)
+        dense = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.convs = nnx.List([conv(channels, 6), conv(6, 16)])
-        self.norms = nnx.List([BatchStatNorm(c, axis_name=axis_name, rngs=rngs) for c in (6, 16)])
+        self.norms = nnx.List([BatchStatNorm(c, axis_name=axis_name) for c in (6, 16)])
         self.denses = nnx.List([dense((height // 4) * (width // 4) * 16, 120), dense(120, 84), dense(84, classes)])
 
     def run(self, x: Array, tap: Callable[[Array], Array], linear: bool) -> Array:
@@ -128,8 +128,8 @@ class ResNet20(_Network):
     """Widths 16, 32, 64, three blocks each, 3 x 3 convolutions on the shortcuts: 291,376 prunable weights."""
 
     def __init__(self, channels: int, classes: int, *, dtype: Any, axis_name: str | None, rngs: nnx.Rngs) -> None:
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=_HE, dtype=dtype, rngs=rngs)
-        norm = functools.partial(BatchStatNorm, axis_name=axis_name, rngs=rngs)
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        norm = functools.partial(BatchStatNorm, axis_name=axis_name)
         self.stem, self.stem_norm = conv(channels, 16), norm(16)
         blocks, inputs = [], 16
         for stage, outputs in enumerate((16, 32, 64)):
@@ -137,7 +137,7 @@ class ResNet20(_Network):
                 blocks.append(_Block(inputs, outputs, 2 if stage and not number else 1, conv, norm))
                 inputs = outputs
         self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(64, classes, kernel_init=_HE, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(64, classes, dtype=dtype, rngs=rngs)
 
     def run(self, x: Array, tap: Callable[[Array], Array], linear: bool) -> Array:
         x = tap(nnx.relu(self.stem_norm(self.stem(x), linear)))
@@ -155,12 +155,12 @@ class VGG16(_Network):
         convs, norms = [], []
         for width in (width for stage in self.WIDTHS for width in stage):
             convs.append(
-                nnx.Conv(channels, width, (3, 3), use_bias=False, kernel_init=_HE, dtype=dtype, rngs=rngs),
+                nnx.Conv(channels, width, (3, 3), use_bias=False, dtype=dtype, rngs=rngs),
             )
-            norms.append(BatchStatNorm(width, axis_name=axis_name, rngs=rngs))
+            norms.append(BatchStatNorm(width, axis_name=axis_name))
             channels = width
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
-        self.head = nnx.Linear(512, classes, kernel_init=_HE, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(512, classes, dtype=dtype, rngs=rngs)
 
     def run(self, x: Array, tap: Callable[[Array], Array], linear: bool) -> Array:
         number = 0
@@ -178,7 +178,7 @@ class Model:
     """A network as pure functions of its parameters; functions keep their identity, so jit compiles once.
 
     `apply`: logits; `features`: logits and ReLU outputs; `linear`: without normalisation, for SynFlow; `where`: what
-    is prunable.
+    is prunable; `shapes`: of the parameters.
     """
 
     name: str
@@ -186,10 +186,26 @@ class Model:
     features: FeaturesFn
     linear: ApplyFn
     where: Where
-    init: Callable[[Array], Params]
+    shapes: Params
+
+    def init(self, key: Array) -> Params:
+        """Parameters as the paper's code draws them: kernels from N(0, 2 / inputs), scales from U(0, 1), biases 0.
+
+        Drawn on the host: nothing has to be compiled.
+        """
+        source = host_generator(key)
+
+        def draw(path: tuple[Any, ...], leaf: Any) -> Array:
+            kind = leaf_name(path).rpartition("/")[2]
+            if kind == "kernel":
+                values = source.standard_normal(leaf.shape) * math.sqrt(2 / math.prod(leaf.shape[:-1]))
+            else:
+                values = source.random(leaf.shape) if kind == "scale" else np.zeros(leaf.shape)
+            return jax.device_put(values.astype(leaf.dtype))
+
+        return jax.tree_util.tree_map_with_path(draw, self.shapes)
 
 
-@functools.cache
 def make_model(
     name: str, shape: tuple[int, ...], classes: int, dtype: str = "float32", axis_name: str | None = None
 ) -> Model:
@@ -202,23 +218,21 @@ def make_model(
         raise InputError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
     if name != "mlp" and (len(shape) != 3 or min(shape[:2]) < 4):
         raise InputError(f"expected images (height, width, channels) of 4 x 4 or more for {name}, got {shape}")
-    number = jnp.dtype(dtype)
+    return _model(name, tuple(shape), classes, jnp.dtype(dtype), axis_name)
 
+
+@functools.cache
+def _model(name: str, shape: tuple[int, ...], classes: int, dtype: Any, axis_name: str | None) -> Model:
     def build(rngs: nnx.Rngs) -> _Network:
         if name == "mlp":
-            size = functools.reduce(lambda a, b: a * b, shape, 1)
-            return MLP(size, classes, dtype=number, rngs=rngs)
+            return MLP(math.prod(shape), classes, dtype=dtype, rngs=rngs)
         if name == "lenet":
-            return LeNet(shape, classes, dtype=number, axis_name=axis_name, rngs=rngs)  # type: ignore[arg-type]
+            return LeNet(shape, classes, dtype=dtype, axis_name=axis_name, rngs=rngs)  # type: ignore[arg-type]
         kind = ResNet20 if name == "resnet20" else VGG16
-        return kind(shape[-1], classes, dtype=number, axis_name=axis_name, rngs=rngs)
+        return kind(shape[-1], classes, dtype=dtype, axis_name=axis_name, rngs=rngs)
 
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    del abstract
-
-    @jax.jit
-    def init(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key)), nnx.Param))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
 
     def where(leaf: str, value: Any) -> bool:
         return default_kernels(leaf, value) and not (name == "vgg16" and leaf.startswith("head"))
@@ -229,5 +243,5 @@ def make_model(
         lambda params, x: nnx.merge(graph, params).features(x),
         lambda params, x: nnx.merge(graph, params).linear(x),
         where,
-        init,
+        shapes,
     )

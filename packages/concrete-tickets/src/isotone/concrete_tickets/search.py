@@ -1,16 +1,14 @@
 """Concrete Ticket Search: logits over masks are trained at frozen weights, then cut to the exact top k.
 
-The whole search is one jitted scan. Density and the controller's multiplier are traced, so one compile serves every
-density; several densities and seeds are one vmapped scan; over a mesh the batch is spread by shard_map, and the result
-is that of one device. Legend: g logits, B searches side by side, T steps.
+The whole search is one jitted loop. Density and the controller's multiplier are traced, so one compile serves every
+density; several densities and seeds are vmapped; over a mesh the batch is spread by shard_map, and the result is that
+of one device. Legend: g logits, D densities and S seeds side by side (no axis where there is one), T steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -24,12 +22,12 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float
 
 from isotone.concrete_tickets import batches
-from isotone.concrete_tickets.concrete import TAU, check_relaxation, initial_logit, logistic_noise, relaxed_mask
-from isotone.concrete_tickets.controllers import grad_balance, lagrangian
-from isotone.concrete_tickets.layout import Layout, Params, Where, default_kernels, kept_count, masked
+from isotone.concrete_tickets.concrete import TAU, check_relaxation, initial_logit, relaxed_mask
+from isotone.concrete_tickets.controllers import expected_density, global_norm, grad_balance, lagrangian
+from isotone.concrete_tickets.layout import Layout, Params, Where, default_kernels, kept_count, leaf_name, masked
+from isotone.concrete_tickets.noise import logistic_noise
 from isotone.concrete_tickets.objectives import (
     ApplyFn,
     Batch,
@@ -38,10 +36,11 @@ from isotone.concrete_tickets.objectives import (
     Objective,
     resolve_objective,
 )
+from isotone.concrete_tickets.resume import fingerprint, run_epochs
 from isotone.concrete_tickets.ticket import LayerCollapse, Ticket
-from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError
 
+HISTORY = ("objective", "density", "multiplier", "gradient")
 AXIS = "data"
 """The mesh axis that a network's own means over the batch run over (`axis_name`), when searched on a mesh."""
 
@@ -54,8 +53,10 @@ class SearchConfig:
     `tau`: the relaxation's temperature; `parametrization`: "scaled" or "standard" (concrete.py). `controller`:
     "grad_balance", "lagrangian", or an optax transformation that takes `density` and `sizes`. `structure`: "weight",
     "input", "output" or "N:M" (layout.py). `ranking`: "last" ranks by the final logits, "averaged" by their mean
-    since `decay_at` (beyond the paper; less noise where good logits saturate alike). `cache_dense`: fix the batches
-    and compute the dense outputs once. `eps`: Adam's; the gradients of single logits are tiny.
+    since `decay_at` (beyond the paper; less noise where good logits saturate alike). `cache_dense`: compute the dense
+    logits once, "examples": of each example, for networks that see each alone, or "batches": of batches that stay the
+    same, their order changing, for those that normalise over a batch. `eps`: Adam's; the gradients of single logits
+    are tiny.
     """
 
     epochs: int = 40
@@ -67,7 +68,7 @@ class SearchConfig:
     controller: str | optax.GradientTransformationExtraArgs = "grad_balance"
     structure: str = "weight"
     ranking: str = "last"
-    cache_dense: bool = False
+    cache_dense: str = "none"
     eps: float = 1e-15
 
     def __post_init__(self) -> None:
@@ -82,24 +83,27 @@ class SearchConfig:
             raise InputError(f"expected decay_at in [0, 1], got {self.decay_at}")
         if self.ranking not in ("last", "averaged"):
             raise InputError(f"expected ranking to be last or averaged, got {self.ranking!r}")
+        if self.cache_dense not in ("none", "examples", "batches"):
+            raise InputError(f"expected cache_dense to be none, examples or batches, got {self.cache_dense!r}")
         if isinstance(self.controller, str) and self.controller not in ("grad_balance", "lagrangian"):
             message = "expected controller to be grad_balance, lagrangian or an optax transformation"
             raise InputError(f"{message}, got {self.controller!r}")
 
 
 class SearchState(NamedTuple):
-    """Everything that changes in a search. `averaged` (g): the mean of the logits since the rate fell."""
+    """Everything that changes in a search. `logits`: by leaf, of the layout's group shapes, for each of the searches;
+    `averaged`: their mean since the rate fell, for that ranking."""
 
-    logits: Float[Array, "*B g"]
+    logits: dict[str, Array]
     optimizer: Any
-    averaged: Float[Array, "*B g"]
+    averaged: dict[str, Array] | None
     step: Array
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """`ticket`; `logits` by leaf, as they were ranked; `history` by step (T,): objective, density (expected, of all
-    weights), multiplier, gradient (the objective's norm)."""
+    weights), multiplier, gradient (the objective's norm), each as it was before the step."""
 
     ticket: Ticket
     logits: dict[str, Array]
@@ -138,11 +142,21 @@ class SearchSpec:
     def decay_step(self) -> int:
         return int(self.config.decay_at * self.config.epochs) * self.steps_per_epoch
 
+    def share(self, index: Array) -> Array:
+        """What of a batch (batch,) this device takes: all of it without a mesh."""
+        return index if self.mesh is None else batches.share(index, AXIS, self.mesh.size)
+
+    def inputs(self, inputs: Any) -> Any:
+        """As the network takes them."""
+        return inputs if self.prepare is None else self.prepare(inputs)
+
 
 def init_state(spec: SearchSpec, density: Array | float) -> SearchState:
     """All logits at logit(density)."""
-    logits = jnp.full(spec.layout.groups, initial_logit(density))
-    return SearchState(logits, spec.optimizer().init(logits), logits, jnp.zeros((), jnp.int32))
+    shapes = zip(spec.layout.names, spec.layout.group_shapes, strict=True)
+    logits = {name: jnp.full(shape, initial_logit(density)) for name, shape in shapes}
+    averaged = logits if spec.config.ranking == "averaged" else None
+    return SearchState(logits, spec.optimizer().init(logits), averaged, jnp.zeros((), jnp.int32))
 
 
 def search_step(
@@ -156,36 +170,36 @@ def search_step(
 ) -> tuple[SearchState, dict[str, Array]]:
     """One step (sections 2.1 to 2.3): sample a mask, differentiate the objective, balance, Adam.
 
-    `key`: of the whole search; the step's noise is a function of it and `state.step`. `dense_logits`: the dense
-    network's, where they are known. Returns the next state and the step's entries of the history. For loops of your
-    own; `search` scans it.
+    `batch`: as the network takes it. `key`: of the whole search; the step's noise is a function of it and
+    `state.step`. `dense_logits`: the dense network's, where they are known. Returns the next state and the step's
+    entries of the history. For loops of your own; `search` compiles them whole.
     """
     config, layout = spec.config, spec.layout
     objective, scale = resolve_objective(spec.objective)
     step_key = jax.random.fold_in(key, state.step)
-    noise = logistic_noise(step_key, state.logits.shape)
+    noise = layout.cut(logistic_noise(step_key, (layout.groups,)))
     axis = None if spec.mesh is None else AXIS
-    inputs = batch.inputs if spec.prepare is None else spec.prepare(batch.inputs)
-    batch = Batch(inputs, batch.labels)
     make = functools.partial(Network, spec.apply_fn, names=layout.names, features_fn=spec.features_fn, axis_name=axis)
     dense = make(params, cached=dense_logits)
 
-    def value(logits: Array) -> Array:
-        mask = relaxed_mask(logits, noise, config.tau, config.parametrization)
-        sparse = make(masked(params, layout.expand(mask)))
-        return scale * objective(sparse, dense, batch, jax.random.fold_in(step_key, 1))
+    def value(logits: dict[str, Array]) -> Array:
+        masks = {n: relaxed_mask(logits[n], noise[n], config.tau, config.parametrization) for n in layout.names}
+        return scale * objective(make(masked(params, masks)), dense, batch, jax.random.fold_in(step_key, 1))
 
     loss, gradient = jax.value_and_grad(value)(state.logits)
-    sizes = layout.sizes()
+    sizes = layout.cut(layout.sizes()) if layout.groups < layout.total else None
     updates, optimizer = spec.optimizer().update(gradient, state.optimizer, state.logits, density=density, sizes=sizes)
     logits = optax.apply_updates(state.logits, updates)
-    since = (state.step - spec.decay_step + 1).astype(jnp.float32)
-    averaged = jnp.where(since <= 1, logits, state.averaged + (logits - state.averaged) / jnp.maximum(since, 1))
+    averaged = state.averaged
+    if averaged is not None:
+        since = (state.step - spec.decay_step + 1).astype(jnp.float32)
+        share = 1 / jnp.maximum(since, 1)
+        averaged = jax.tree.map(lambda mean, new: mean + share * (new - mean), averaged, logits)
     metrics = {
         "objective": loss / scale,
-        "density": jnp.sum(jax.nn.sigmoid(logits) * sizes) / layout.total,
+        "density": expected_density(state.logits, sizes),
         "multiplier": getattr(optimizer[0], "multiplier", jnp.zeros(())),
-        "gradient": jnp.sqrt(jnp.sum(jnp.square(gradient))) / scale,
+        "gradient": global_norm(gradient) / scale,
     }
     return SearchState(logits, optimizer, averaged, state.step + 1), metrics
 
@@ -198,6 +212,7 @@ def search(
     objective: str | Objective = "kl",
     *,
     key: Array | None = None,
+    params_per_key: bool = False,
     config: SearchConfig | None = None,
     where: Where = default_kernels,
     features_fn: FeaturesFn | None = None,
@@ -211,12 +226,13 @@ def search(
     """A ticket for `params`, which stay as they are: a `SearchResult`.
 
     `apply_fn(params, inputs) -> logits (n, classes)`; `data`: (inputs, labels), whole on the device. `density`: the
-    share of prunable weights to keep, or several; `key`: one key, or an array of several (seeds). With several of
-    either the searches run side by side, and a list is returned, a seed after another for each density. `objective`:
-    a name of `OBJECTIVES` or a function. `config`, or any of its fields as keywords (`epochs=80`). `where(name,
-    leaf)` chooses the prunable leaves; `prepare` is run on a batch's inputs inside jit; `features_fn` is needed for
-    feature_mse. `mesh`: a one-axis mesh named "data" to spread batches over. `checkpoint`: a folder, in which the
-    search is saved every `checkpoint_every` epochs and, with `resume`, continued.
+    share of prunable weights to keep, or several; `key`: one key, or an array (S,) of several (seeds). With several of
+    either the searches run side by side, and a list is returned, a seed after another for each density; with
+    `params_per_key` the leaves of `params` have a leading axis S, and each seed searches weights of its own.
+    `objective`: a name of `OBJECTIVES` or a function. `config`, or any of its fields as keywords (`epochs=80`).
+    `where(name, leaf)` chooses the prunable leaves; `prepare` is run on a batch's inputs inside jit; `features_fn` is
+    needed for feature_mse. `mesh`: a one-axis mesh named "data" to spread batches over. `checkpoint`: a folder, in
+    which the search is saved every `checkpoint_every` epochs and, with `resume`, continued.
 
     Raises `InputError` on a density not in (0, 1], no prunable leaf, an unknown objective, data that does not fit,
     an objective that is NaN (naming the batch) or that does not depend on the mask, and a checkpoint of another
@@ -224,54 +240,81 @@ def search(
     """
     config = dataclasses.replace(config or SearchConfig(), **settings)
     resolve_objective(objective)
-    layout = Layout.of(params, where, config.structure)
-    several = isinstance(density, (list, tuple)) or (key is not None and _stacked(key))
-    wanted_densities: Sequence[Any] = density if isinstance(density, (list, tuple)) else [density]
-    targets = [_target(layout, d) for d in wanted_densities]
-    keys = jax.random.key(0) if key is None else key
-    keys = keys if _stacked(keys) else keys[None]
-    inputs, labels = batches.check_data(data, config.batch_size, _classes(apply_fn, params, data, prepare, mesh))
-    if mesh is not None and (mesh.axis_names != (AXIS,) or config.batch_size % mesh.size):
-        message = f"expected a mesh with one axis {AXIS!r} whose devices divide the batch of {config.batch_size}"
-        raise InputError(f"{message}, got {dict(mesh.shape)}")
+    keys = _typed(jax.random.key(0) if key is None else key)
+    one = _of_one_key(params, keys) if params_per_key else params
+    layout = Layout.of(one, where, config.structure)
+    many_densities = isinstance(density, (list, tuple))
+    targets = [_target(layout, d) for d in (density if many_densities else [density])]  # type: ignore[union-attr]
+    classes = None if mesh is not None else _classes(apply_fn, one, data, prepare)
+    inputs, labels = batches.check_data(data, config.batch_size, classes)
+    check_mesh(mesh, config.batch_size)
     steps = len(labels) // config.batch_size
     spec = SearchSpec(apply_fn, objective, layout, config, steps, features_fn, prepare, mesh)
-    pairs = [(target, k) for target in targets for k in keys]
-    open_pairs = [(target, k) for target, k in pairs if target < 1]
+    if config.cache_dense == "examples":
+        first = jax.tree.map(lambda leaf: leaf[0], params) if params_per_key else params
+        _check_alone(spec, first, inputs)
+
+    sparse = [target for target in targets if target < 1]
+    dense = SearchResult(Ticket(layout.expand_eagerly(np.ones(layout.groups, bool))), {}, {})
     found: list[SearchResult] = []
-    if open_pairs:
-        wanted = jnp.asarray([target for target, _ in open_pairs], jnp.float32)
-        stacked = jnp.stack([k for _, k in open_pairs])
-        state = jax.vmap(functools.partial(init_state, spec))(wanted)
-        identity = _identity(spec, params, inputs, labels, wanted, stacked) if checkpoint is not None else {}
-        with _Chunks(checkpoint, identity, resume, state) as chunks:
-            every = checkpoint_every if checkpoint is not None else config.epochs
-            for first in range(chunks.epoch, config.epochs, every):
-                count = min(every, config.epochs - first)
-                state, history = _run(
-                    spec, count, params, inputs, labels, chunks.state, stacked, wanted, jnp.asarray(first)
-                )
-                _check_history(history, first * steps, steps)
-                chunks.add(first + count, state, history)
-        for b, (target, _) in enumerate(open_pairs):
-            ranked = (chunks.state.averaged if config.ranking == "averaged" else chunks.state.logits)[b]
-            given = None if layout.n_of_m else target
-            mask = layout.select(ranked, given)
-            found.append(
-                SearchResult(
-                    Ticket(layout.expand_eagerly(mask)),
-                    layout.expand_eagerly(ranked),
-                    {name: values[b] for name, values in chunks.history.items()},
-                )
+    if sparse:
+        each = [_batches(spec, k, len(labels)) for k in keys.reshape(-1)]
+        order = jax.tree.map(lambda *parts: np.stack(parts) if keys.ndim else parts[0], *each)
+        densities = np.asarray(sparse[0] if len(sparse) == 1 else sparse, np.float32)
+
+        def advance(carry: Any, first: int, last: int) -> Any:
+            state, history = _run(
+                *(spec, params_per_key, params, inputs, labels, *carry, order, keys, densities),
+                *(first, last),
             )
-    whole = SearchResult(Ticket.dense(params, where), {}, {})
+            _check_history(history, first * steps, last * steps, steps)
+            return state, history
+
+        def identity() -> dict[str, Any]:
+            named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            named["controller"] = config.controller if isinstance(config.controller, str) else "custom"
+            named["objective"] = objective if isinstance(objective, str) else getattr(objective, "__qualname__", "")
+            arrays = {"weights, data, densities or keys": fingerprint(params, inputs, labels, densities, keys)}
+            return {**named, **dataclasses.asdict(layout), **arrays}
+
+        state, history = run_epochs(
+            advance,
+            _begin(spec, keys, densities),
+            *(0, config.epochs),
+            identity=identity,
+            folder=checkpoint,
+            every=checkpoint_every,
+            resume=resume,
+        )
+        found = _results(spec, state, history, np.repeat(sparse, keys.size))
     queue = iter(found)
-    results = [next(queue) if target < 1 else whole for target, _ in pairs]
+    results = [next(queue) if target < 1 else dense for target in targets for _ in range(keys.size)]
     for result in results:
         if empty := result.ticket.collapsed():
             message = f"no weight is kept in {', '.join(empty)} at density {result.ticket.density:.3g}"
             warnings.warn(message, LayerCollapse, stacklevel=2)
-    return results if several else results[0]
+    return results if many_densities or keys.ndim else results[0]
+
+
+def check_mesh(mesh: Mesh | None, batch_size: int) -> None:
+    """Raise `InputError` where batches cannot be spread over `mesh`."""
+    if mesh is not None and (mesh.axis_names != (AXIS,) or batch_size % mesh.size):
+        message = f"expected a mesh with one axis {AXIS!r} whose devices divide the batch of {batch_size}"
+        raise InputError(f"{message}, got {dict(mesh.shape)}")
+
+
+def _results(spec: SearchSpec, state: SearchState, history: Any, targets: Any) -> list[SearchResult]:
+    """A result for each search, in the order of `targets`."""
+    ranked = state.logits if state.averaged is None else state.averaged
+    ranked = np.concatenate([np.asarray(ranked[n]).reshape(len(targets), -1) for n in spec.layout.names], axis=1)
+    history = {name: np.asarray(values).reshape(len(ranked), -1) for name, values in history.items()}
+    found = []
+    for number, target in enumerate(targets):
+        mask = spec.layout.select(ranked[number], None if spec.layout.n_of_m else float(target))
+        logits = spec.layout.expand_eagerly(ranked[number])
+        steps = {name: values[number] for name, values in history.items()}
+        found.append(SearchResult(Ticket(spec.layout.expand_eagerly(mask)), logits, steps))
+    return found
 
 
 def _target(layout: Layout, density: float | None) -> float:
@@ -287,154 +330,149 @@ def _target(layout: Layout, density: float | None) -> float:
     return float(density)
 
 
-def _stacked(key: Array) -> bool:
-    return key.ndim == 1 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.ndim == 2
+def _typed(key: Array) -> Array:
+    """A key () or several (S,), also where they came as raw numbers."""
+    keys = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    if keys.ndim > 1 or keys.size == 0:
+        raise InputError(f"expected a key or an array of keys, got keys of shape {keys.shape}")
+    return keys
 
 
-def _classes(apply_fn: ApplyFn, params: Params, data: Any, prepare: Any, mesh: Mesh | None) -> int | None:
-    """How many classes the network tells apart; None on a mesh, whose axis only exists inside shard_map."""
-    if mesh is not None or not (isinstance(data, (tuple, list)) and len(data) == 2):
+def _of_one_key(params: Params, keys: Array) -> Params:
+    """The shapes of one seed's weights."""
+
+    def cut(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        if keys.ndim == 0 or leaf.ndim == 0 or leaf.shape[0] != keys.size:
+            message = f"expected {leaf_name(path)} with a leading axis of {keys.size}, a key each"
+            raise InputError(f"{message}, got shape {leaf.shape} and keys of shape {keys.shape}")
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(cut, params)
+
+
+def _check_alone(spec: SearchSpec, params: Params, inputs: Any) -> None:
+    """Refuse to cache by example what depends on the rest of the batch."""
+    together, alone = (
+        np.asarray(logits) for logits in _together_and_alone(spec.apply_fn, spec.prepare, params, inputs)
+    )
+    if np.abs(together - alone).max() > 1e-3 * (1 + np.abs(alone).max()):
+        raise InputError('expected cache_dense="batches": the logits of an example depend on the others of its batch')
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _together_and_alone(apply_fn: ApplyFn, prepare: Any, params: Params, inputs: Any) -> tuple[Array, Array]:
+    """The first example's logits in a batch of two, and alone."""
+    two = inputs[:2] if prepare is None else prepare(inputs[:2])
+    return apply_fn(params, two)[:1], apply_fn(params, two[:1])
+
+
+def _classes(apply_fn: ApplyFn, params: Params, data: Any, prepare: Any) -> int | None:
+    """How many classes the network tells apart."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
         return None
-    inputs = jnp.asarray(data[0][:1])
+    inputs = jax.ShapeDtypeStruct((1, *data[0].shape[1:]), data[0].dtype)
     shape = jax.eval_shape(lambda p, x: apply_fn(p, x if prepare is None else prepare(x)), params, inputs).shape
     if len(shape) != 2:
         raise InputError(f"expected apply_fn to give logits (n, classes), got shape {shape}")
     return shape[1]
 
 
+def _batches(spec: SearchSpec, key: Array, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches (R, batch_size) of examples, and which of them each epoch takes (epochs, steps).
+
+    Batch statistics make a dense output depend on its batch: where batches are cached, each epoch takes those of the
+    first in another order.
+    """
+    epochs, steps = spec.config.epochs, spec.steps_per_epoch
+    if spec.config.cache_dense == "batches":
+        order = np.concatenate([batches.epoch_order(key, epoch, steps, 1).T for epoch in range(1, epochs + 1)])
+        return batches.epoch_order(key, 0, examples, spec.config.batch_size), order
+    rows = [batches.epoch_order(key, epoch, examples, spec.config.batch_size) for epoch in range(epochs)]
+    return np.concatenate(rows), np.arange(epochs * steps, dtype=np.int32).reshape(epochs, steps)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(spec: SearchSpec, keys: Array, densities: Array) -> tuple[SearchState, dict[str, Array]]:
+    """The states at the start, and a history to be filled."""
+    init = functools.partial(init_state, spec)
+    if keys.ndim:
+        init = jax.vmap(init, None, axis_size=keys.size)
+    if densities.ndim:
+        init = jax.vmap(init)
+    shape = (*densities.shape, *keys.shape, spec.config.epochs * spec.steps_per_epoch)
+    return init(densities), {name: jnp.zeros(shape) for name in HISTORY}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
     spec: SearchSpec,
-    epochs: int,
+    params_per_key: bool,
     params: Params,
     inputs: Any,
     labels: Array,
     state: SearchState,
+    history: dict[str, Array],
+    order: tuple[Array, Array],
     keys: Array,
     densities: Array,
-    first_epoch: Array,
+    first: Array,
+    last: Array,
 ) -> tuple[SearchState, dict[str, Array]]:
-    """`epochs` epochs of the B searches; history (B, T)."""
-    one = functools.partial(_scan, spec, epochs)
-    # a batch dimension of 1 costs the products their plain form
-    if keys.shape[0] == 1:
-
-        def many(params, inputs, labels, state, keys, densities, first):
-            state, key = jax.tree.map(lambda x: x[0], state), keys[0]
-            return jax.tree.map(lambda x: x[None], one(params, inputs, labels, state, key, densities[0], first))
-    else:
-        many = jax.vmap(one, (None, None, None, 0, 0, 0, None))
+    """Epochs `first` to `last` of all searches; history (*DS, T)."""
+    many = functools.partial(_epochs, spec)
+    if keys.ndim:
+        many = jax.vmap(many, (0 if params_per_key else None, None, None, 0, 0, 0, 0, None, None, None))
+    if densities.ndim:
+        many = jax.vmap(many, (None, None, None, 0, 0, None, None, 0, None, None))
     if spec.mesh is not None:
         # everything is the same on every device but the share of the batch that it takes
         many = jax.shard_map(many, mesh=spec.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
-    return many(params, inputs, labels, state, keys, densities, first_epoch)
+    return many(params, inputs, labels, state, history, order, keys, densities, first, last)
 
 
-def _scan(spec, epochs, params, inputs, labels, state, key, density, first_epoch):
-    config, n = spec.config, labels.shape[0]
-    axis, devices = (None, 1) if spec.mesh is None else (AXIS, spec.mesh.size)
-    order_key, noise_key = jax.random.split(key)
-    fixed, table = None, None
-    if config.cache_dense:
-        # batch statistics make a dense output depend on its batch: the batches stay, their order changes
-        fixed = batches.epoch_order(order_key, 0, n, config.batch_size)
+def _epochs(spec, params, inputs, labels, state, history, rows_and_order, key, density, first, last):
+    rows, order = rows_and_order
+    table = None
 
-        def dense(index):
-            batch = batches.take(inputs, labels, index, axis, devices)
-            return spec.apply_fn(params, batch.inputs if spec.prepare is None else spec.prepare(batch.inputs))
+    def dense(index):
+        return spec.apply_fn(params, spec.inputs(inputs[index]))
 
-        table = jax.lax.map(dense, fixed)
+    if spec.config.cache_dense == "batches":
+        table = jax.lax.map(lambda index: dense(spec.share(index)), rows)
+    elif spec.config.cache_dense == "examples":
+        every, size = jnp.arange(labels.shape[0]), spec.config.batch_size
+        table = jax.lax.map(lambda example: dense(example[None])[0], every, batch_size=size)
 
-    def step(state, item):
-        if fixed is None:
-            batch, cached = batches.take(inputs, labels, item, axis, devices), None
-        else:
-            batch, cached = batches.take(inputs, labels, fixed[item], axis, devices), table[item]
-        return search_step(spec, params, state, batch, noise_key, density, cached)
+    def step(state, row):
+        index = spec.share(rows[row])
+        batch = Batch(spec.inputs(inputs[index]), labels[index])
+        cached = None if table is None else table[row if spec.config.cache_dense == "batches" else index]
+        return search_step(spec, params, state, batch, key, density, cached)
 
-    def epoch(state, number):
-        if fixed is None:
-            items = batches.epoch_order(order_key, number, n, config.batch_size)
-        else:
-            items = jax.random.permutation(jax.random.fold_in(order_key, number), spec.steps_per_epoch)
-        return jax.lax.scan(step, state, items)
+    def epoch(number, carry):
+        state, history = carry
+        state, metrics = jax.lax.scan(step, state, order[number])
 
-    state, history = jax.lax.scan(epoch, state, first_epoch + jnp.arange(epochs))
-    return state, jax.tree.map(lambda x: x.reshape(-1), history)
+        def put(whole, part):
+            return jax.lax.dynamic_update_slice(whole, part, (number * spec.steps_per_epoch,))
+
+        return state, jax.tree.map(put, history, metrics)
+
+    return jax.lax.fori_loop(first, last, epoch, (state, history))
 
 
-def _check_history(history: dict[str, Array], first_step: int, steps_per_epoch: int) -> None:
-    objective, gradient = np.asarray(history["objective"]), np.asarray(history["gradient"])
+def _check_history(history: dict[str, Array], first: int, last: int, steps_per_epoch: int) -> None:
+    """Refuse what is not finite in the steps from `first` to `last`, and a first gradient of 0."""
+    objective, gradient = (
+        np.asarray(history[name]).reshape(-1, history[name].shape[-1])[:, first:last]
+        for name in ("objective", "gradient")
+    )
     bad = ~(np.isfinite(objective) & np.isfinite(gradient)).all(axis=0)
     if bad.any():
-        step = first_step + int(np.argmax(bad))
+        step = first + int(np.argmax(bad))
         epoch, batch = divmod(step, steps_per_epoch)
         message = f"batch {batch} of epoch {epoch} (step {step})"
-        value = objective[:, step - first_step].tolist()
+        value = objective[:, step - first].tolist()
         raise InputError(f"expected a finite objective and gradient, got {value} at {message}")
-    if first_step == 0 and (gradient[:, 0] == 0).any():
+    if first == 0 and (gradient[:, 0] == 0).any():
         raise InputError("expected an objective that depends on the mask, got a gradient of 0 at the first step")
-
-
-def _identity(spec: SearchSpec, *arrays: Any) -> dict[str, Any]:
-    """What a checkpoint belongs to: a change of any of it is another search."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(arrays):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-    config = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(spec.config)}
-    config["controller"] = config["controller"] if isinstance(config["controller"], str) else "custom"
-    name = spec.objective if isinstance(spec.objective, str) else getattr(spec.objective, "__qualname__", "custom")
-    layout = dataclasses.asdict(spec.layout)
-    return json.loads(json.dumps({"objective": name, "layout": layout, "arrays": digest.hexdigest(), **config}))
-
-
-class _Chunks:
-    """State and history so far; with a folder, on the disk after each chunk."""
-
-    def __init__(self, folder: str | Path | None, identity: dict[str, Any], resume: bool, state: SearchState) -> None:
-        self.folder, self.identity, self.resume = folder, identity, resume
-        self.state, self.epoch = state, 0
-        self.history: dict[str, np.ndarray] = {}
-        self._store = None if folder is None else CheckpointStore(folder)
-
-    def __enter__(self) -> _Chunks:
-        if self._store is None:
-            return self
-        self._store.__enter__()
-        try:
-            if not self.resume:
-                self._store.clear()
-            elif self.folder is not None and (saved := load_latest(self.folder)) is not None:
-                self._restore(saved)
-        except BaseException:
-            self._store.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._store is not None:
-            self._store.__exit__(*exception)
-
-    def _restore(self, saved: Any) -> None:
-        if saved.state["identity"] != self.identity:
-            theirs = saved.state["identity"]
-            other = next((n for n in self.identity if self.identity[n] != theirs.get(n)), "version")
-            what = "weights, data, densities or keys" if other == "arrays" else f"{other} {theirs.get(other)!r}"
-            raise InputError(f"expected a checkpoint of this search in {str(self.folder)!r}, got one of other {what}")
-        leaves, tree = jax.tree.flatten(self.state)
-        restored = [jnp.asarray(saved.arrays[f"state-{i}"]) for i in range(len(leaves))]
-        self.state = jax.tree.unflatten(tree, restored)
-        self.history = {n.removeprefix("history-"): a for n, a in saved.arrays.items() if n.startswith("history-")}
-        self.epoch = saved.step
-
-    def add(self, epoch: int, state: SearchState, history: dict[str, Array]) -> None:
-        self.state, self.epoch = state, epoch
-        new = {name: np.asarray(values) for name, values in history.items()}
-        joined = {n: np.concatenate([self.history[n], v], 1) for n, v in new.items()} if self.history else new
-        self.history = joined
-        if self._store is not None:
-            arrays = {f"state-{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-            arrays |= {f"history-{name}": values for name, values in joined.items()}
-            self._store.save(epoch, arrays, {"identity": self.identity})

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from isotone.concrete_tickets.layout import Layout, Masks, Params, Where, default_kernels, leaf_name, named_weights
+from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
 
@@ -54,7 +55,7 @@ class Ticket:
         density that is not in (0, 1] or keeps nothing.
         """
         layout = Layout(tuple(scores), tuple(tuple(np.shape(s)) for s in scores.values()), structure)
-        flat = layout.flatten(scores)
+        flat = layout.flatten({name: np.asarray(score) for name, score in scores.items()})
         return cls._of(layout, layout.select(-flat if lowest else flat, density, count), warn)
 
     @classmethod
@@ -68,7 +69,7 @@ class Ticket:
     @classmethod
     def dense(cls, params: Params, where: Where = default_kernels) -> Ticket:
         """The ticket that keeps everything."""
-        return cls({name: jnp.ones(w.shape, bool) for name, w in named_weights(params, where).items()})
+        return cls({name: jax.device_put(np.ones(w.shape, bool)) for name, w in named_weights(params, where).items()})
 
     @property
     def kept(self) -> int:
@@ -114,10 +115,10 @@ class Ticket:
 
     def shuffle_layers(self, key: Array) -> Ticket:
         """Each leaf's mask in random order: the layers' counts stay, which weights does not (sanity check a)."""
-        keys = jax.random.split(key, len(self.masks))
+        source = host_generator(key)
         shuffled = {
-            name: jax.random.permutation(k, mask.reshape(-1)).reshape(mask.shape)
-            for k, (name, mask) in zip(keys, self.masks.items(), strict=True)
+            name: jax.device_put(source.permutation(np.asarray(mask).reshape(-1)).reshape(mask.shape))
+            for name, mask in self.masks.items()
         }
         return Ticket(shuffled)
 
@@ -164,7 +165,7 @@ class Ticket:
                 shapes = json.loads(metadata["shapes"])
                 bits = {name: np.unpackbits(file.get_tensor(name)) for name in shapes}
                 masks = {
-                    name: jnp.asarray(bits[name][: math.prod(shape)].astype(bool).reshape(shape))
+                    name: jax.device_put(bits[name][: math.prod(shape)].astype(bool).reshape(shape))
                     for name, shape in shapes.items()
                 }
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
@@ -185,14 +186,14 @@ def keep(params: Params, masks: Mapping[str, Array]) -> Params:
 _keep = jax.jit(keep)
 
 
-@jax.jit
 def random_reinitialise(params: Params, masks: Masks, key: Array) -> Params:
     """`params` with each masked leaf drawn again from N(0, its own variance) (sanity check c)."""
-    keys = dict(zip(masks, jax.random.split(key, len(masks)), strict=True))
+    source = host_generator(key)
 
     def draw(path: tuple[Any, ...], leaf: Any) -> Any:
-        if (name := leaf_name(path)) not in masks:
+        if leaf_name(path) not in masks:
             return leaf
-        return jnp.std(leaf) * jax.random.normal(keys[name], leaf.shape, leaf.dtype)
+        values = np.asarray(leaf, np.float32).std() * source.standard_normal(leaf.shape, np.float32)
+        return jax.device_put(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, params)

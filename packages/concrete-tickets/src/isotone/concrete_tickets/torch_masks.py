@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from isotone.concrete_tickets.ticket import Ticket
@@ -71,7 +71,7 @@ def from_torch(module: Any, names: Mapping[str, str] | None = None) -> Ticket:
             continue
         parameter = name.removesuffix("_mask")
         leaf = (names or {}).get(parameter, parameter.removesuffix("weight").replace(".", "/") + "kernel")
-        masks[leaf] = jnp.asarray(from_torch_order(buffer.detach().cpu().numpy()).astype(bool))
+        masks[leaf] = jax.device_put(from_torch_order(buffer.detach().cpu().numpy()).astype(bool))
     if not masks:
         raise InputError("expected a module pruned by torch.nn.utils.prune, got one without a mask")
     return Ticket(masks)

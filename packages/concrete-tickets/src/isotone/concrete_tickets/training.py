@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +26,9 @@ from isotone.concrete_tickets import batches
 from isotone.concrete_tickets.layout import Params
 from isotone.concrete_tickets.objectives import ApplyFn
 from isotone.concrete_tickets.optimizer import mask_optimizer
-from isotone.concrete_tickets.search import AXIS
+from isotone.concrete_tickets.resume import fingerprint, run_epochs
+from isotone.concrete_tickets.search import AXIS, check_mesh
 from isotone.concrete_tickets.ticket import Ticket
-from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError
 
 
@@ -132,9 +130,7 @@ def train(
     last = recipe.epochs if last is None else last
     if not 0 <= first <= last <= recipe.epochs:
         raise InputError(f"expected epochs within 0 to {recipe.epochs}, got {first} to {last}")
-    if trainer.mesh is not None and (trainer.mesh.axis_names != (AXIS,) or recipe.batch_size % trainer.mesh.size):
-        message = f"expected a mesh with one axis {AXIS!r} whose devices divide the batch of {recipe.batch_size}"
-        raise InputError(f"{message}, got {dict(trainer.mesh.shape)}")
+    check_mesh(trainer.mesh, recipe.batch_size)
     inputs, labels = batches.check_data(data, recipe.batch_size)
     key = jax.random.key(0) if key is None else key
     masks = {}
@@ -142,31 +138,30 @@ def train(
         params, masks = ticket.apply(params), ticket.masks
     if optimizer is None:
         optimizer = _init(recipe, params)
-    losses = jnp.zeros(recipe.epochs)
-    state = (params, optimizer, losses)
-    if checkpoint is None:
-        state = _span(trainer, state, masks, inputs, labels, key, first, last)
-    else:
-        identity = _identity(trainer, (params, masks, inputs, labels), key, first, last)
-        with CheckpointStore(checkpoint) as store:
-            epoch = first
-            if not resume:
-                store.clear()
-            elif (saved := load_latest(checkpoint)) is not None:
-                if saved.state["identity"] != identity:
-                    other = next(name for name in identity if identity[name] != saved.state["identity"].get(name))
-                    where = str(checkpoint)
-                    raise InputError(f"expected a checkpoint of this training in {where!r}, got one of other {other}")
-                leaves, tree = jax.tree.flatten(state)
-                state = jax.tree.unflatten(tree, [jnp.asarray(saved.arrays[str(i)]) for i in range(len(leaves))])
-                epoch = saved.step
-            while epoch < last:
-                stop = min(epoch + checkpoint_every, last)
-                state = _span(trainer, state, masks, inputs, labels, key, epoch, stop)
-                epoch = stop
-                arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-                store.save(epoch, arrays, {"identity": identity})
-    params, optimizer, losses = state
+
+    # only the rows of the epochs to run are filled: the shape is that of every span
+    order = np.zeros((recipe.epochs, len(labels) // recipe.batch_size, recipe.batch_size), np.int32)
+
+    def advance(state: Any, epoch: int, stop: int) -> Any:
+        order[epoch:stop] = [batches.epoch_order(key, n, len(labels), recipe.batch_size) for n in range(epoch, stop)]
+        state = _run(trainer, state, masks, inputs, labels, order, key, epoch, stop)
+        _check_losses(state[2], epoch, stop)
+        return state
+
+    def identity() -> dict[str, Any]:
+        augment = getattr(trainer.augment, "__qualname__", None)
+        arrays = {"weights, ticket, data or key": fingerprint(params, masks, inputs, labels, key)}
+        return {**dataclasses.asdict(recipe), "augmentation": augment, "epochs to run": [first, last], **arrays}
+
+    params, optimizer, losses = run_epochs(
+        advance,
+        (params, optimizer, np.zeros(recipe.epochs, np.float32)),
+        *(first, last),
+        identity=identity,
+        folder=checkpoint,
+        every=checkpoint_every,
+        resume=resume,
+    )
     return Trained(params, optimizer, np.asarray(losses)[first:last])
 
 
@@ -175,51 +170,46 @@ def _init(recipe, params):
     return recipe.optimizer().init(params)
 
 
-def _span(trainer, state, masks, inputs, labels, key, first, last):
-    state = _run(trainer, state, masks, inputs, labels, key, jnp.asarray(first), jnp.asarray(last))
-    losses = np.asarray(state[2])[first:last]
-    if not np.isfinite(losses).all():
-        epoch = first + int(np.argmax(~np.isfinite(losses)))
-        raise InputError(f"expected a finite loss, got {losses[epoch - first]} in epoch {epoch}")
-    return state
+def _check_losses(losses: Array, first: int, last: int) -> None:
+    """Refuse losses of the epochs from `first` to `last` that are not finite."""
+    for epoch, loss in enumerate(np.asarray(losses)[first:last], first):
+        if not np.isfinite(loss):
+            raise InputError(f"expected a finite loss, got {loss} in epoch {epoch}")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(trainer, state, masks, inputs, labels, key, first, last):
+def _run(trainer, state, masks, inputs, labels, order, key, first, last):
     many = functools.partial(_epochs, trainer)
     if trainer.mesh is not None:
         many = jax.shard_map(many, mesh=trainer.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
-    return many(state, masks, inputs, labels, key, first, last)
+    return many(state, masks, inputs, labels, order, key, first, last)
 
 
-def _epochs(trainer, state, masks, inputs, labels, key, first, last):
-    recipe, n = trainer.recipe, labels.shape[0]
-    axis, devices = (None, 1) if trainer.mesh is None else (AXIS, trainer.mesh.size)
-    steps = n // recipe.batch_size
+def _epochs(trainer, state, masks, inputs, labels, order, key, first, last):
+    recipe, steps = trainer.recipe, order.shape[1]
+    axis = None if trainer.mesh is None else AXIS
     tx = mask_optimizer(recipe.optimizer(), masks)
 
-    def loss(params, batch):
-        logits = trainer.apply_fn(params, batch.inputs)
-        values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    def loss(params, x, y):
+        values = optax.softmax_cross_entropy_with_integer_labels(trainer.apply_fn(params, x), y)
         total = jnp.sum(values) if axis is None else jax.lax.psum(jnp.sum(values), axis)
         return total if recipe.reduction == "sum" else total / recipe.batch_size
 
     def epoch(number, carry):
         params, optimizer, losses = carry
-        order = batches.epoch_order(key, number, n, recipe.batch_size)
         rate = recipe.rate(number)
 
         def step(carry, item):
             params, optimizer, total = carry
-            batch = batches.take(inputs, labels, order[item], axis, devices)
-            if trainer.prepare is not None:
-                batch = batch._replace(inputs=trainer.prepare(batch.inputs))
+            index = order[number, item]
+            index = index if axis is None else batches.share(index, axis, trainer.mesh.size)
+            x = inputs[index] if trainer.prepare is None else trainer.prepare(inputs[index])
             if trainer.augment is not None:
                 noise = jax.random.fold_in(jax.random.fold_in(key, 1_000_000 + number), item)
                 if axis is not None:
                     noise = jax.random.fold_in(noise, jax.lax.axis_index(axis))
-                batch = batch._replace(inputs=trainer.augment(noise, batch.inputs))
-            value, gradient = jax.value_and_grad(loss)(params, batch)
+                x = trainer.augment(noise, x)
+            value, gradient = jax.value_and_grad(loss)(params, x, labels[index])
             updates, optimizer = tx.update(gradient, optimizer, params, learning_rate=rate)
             return (optax.apply_updates(params, updates), optimizer, total + value), None
 
@@ -229,13 +219,3 @@ def _epochs(trainer, state, masks, inputs, labels, key, first, last):
         return params, optimizer, losses.at[number].set(total / examples)
 
     return jax.lax.fori_loop(first, last, epoch, state)
-
-
-def _identity(trainer: Trainer, arrays: Any, key: Array, first: int, last: int) -> dict[str, Any]:
-    digest = hashlib.sha256(np.asarray(jax.random.key_data(key)).tobytes())
-    for leaf in jax.tree.leaves(arrays):
-        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-    augment = getattr(trainer.augment, "__qualname__", None)
-    recipe = dataclasses.asdict(trainer.recipe)
-    arrays = {"weights, ticket, data or key": digest.hexdigest()}
-    return json.loads(json.dumps({**recipe, "augment": augment, "epochs to run": [first, last], **arrays}))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from isotone.concrete_tickets.layout import Params, leaf_name
@@ -56,6 +55,6 @@ def load_weights(path: str | Path, like: Params) -> Params:
             raise InputError(f"expected {name} of shape {tuple(leaf.shape)} in {str(path)!r}, got {found.shape}")
         if not np.isfinite(found).all():
             raise InputError(f"expected finite weights in {str(path)!r}, got NaN or infinity in {name}")
-        return jnp.asarray(found)
+        return jax.device_put(found)
 
     return jax.tree_util.tree_map_with_path(take, like)
