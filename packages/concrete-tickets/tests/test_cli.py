@@ -177,5 +177,12 @@ def test_the_benchs_peer_is_the_same_search():
     peer = bench.TorchSearch(experiment, worse, "cpu")
     logits = peer.run(3)
     assert logits.shape == (50_200,) and float(logits.std()) > 0
-    (row,) = bench._torch_row(load_images("digits"), 6, "cpu")
-    assert row.id == "mlp-torch" and row.ratio > 0
+
+
+def test_every_row_of_the_bench(monkeypatch):
+    """The whole bench at its fewest rounds, on scans of one epoch."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench, "EPOCHS", 1)
+    plan = bench._plan(load_images("digits"), 6, "cpu")
+    ids = [plan[number]().id for number in (1, 5, 6)]
+    assert ids == ["mlp-kl-train-cached", "mlp-torch", "magnitude-torch"]

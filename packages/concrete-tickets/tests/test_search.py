@@ -11,12 +11,15 @@ import optax
 import pytest
 import reference
 import toy
+from flax import linen, nnx
+from jax.sharding import PartitionSpec
 
-from isotone.concrete_tickets import OBJECTIVES, SearchConfig, from_linen, from_nnx, grad_balance, make_model, search
+from isotone.concrete_tickets import OBJECTIVES, SearchConfig, from_linen, from_nnx, grad_balance, search
 from isotone.concrete_tickets.batches import epoch_order
 from isotone.concrete_tickets.concrete import relaxed_mask
 from isotone.concrete_tickets.known import energy, orthonormal_regression, planted_teacher
 from isotone.concrete_tickets.layout import Layout, kept_count, masked
+from isotone.concrete_tickets.models import BatchStatNorm
 from isotone.concrete_tickets.noise import logistic_noise
 from isotone.concrete_tickets.objectives import Batch, Network
 from isotone.concrete_tickets.search import SearchSpec, init_state, search_step
@@ -24,7 +27,12 @@ from isotone.shared.errors import InputError
 
 PARAMS, DATA = toy.params(), toy.data()
 SMALL = SearchConfig(epochs=3, batch_size=16)
+CACHES = ["none", "batches", "examples"]
 run = functools.partial(search, toy.apply, PARAMS, DATA, config=SMALL, features_fn=toy.features)
+
+
+def run_on(params, density, **settings):
+    return search(toy.apply, params, DATA, density, config=SMALL, features_fn=toy.features, **settings)
 
 
 def test_exact_count_and_history():
@@ -34,13 +42,47 @@ def test_exact_count_and_history():
     assert result.inverted().kept == result.ticket.kept
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "kl"])
-@pytest.mark.parametrize("controller", ["grad_balance", "lagrangian"])
-def test_every_objective_and_controller(objective, controller):
-    if controller == "lagrangian" and objective not in ("loss", "feature_mse"):
-        pytest.skip("the controllers do not see the objective: two of them are enough")
-    result = run(0.2, objective, epochs=1, controller=controller)
+FORMS = [(name, "grad_balance") for name in OBJECTIVES] + [("loss", "lagrangian"), ("feature_mse", "lagrangian")]
+
+
+def first_steps(mesh):
+    """The first step's metrics and direction (Adam's first moment) of every form, in one program."""
+    layout = Layout.of(PARAMS)
+
+    def steps(x, y):
+        found = {}
+        for objective, controller in FORMS:
+            config = dataclasses.replace(SMALL, controller=controller)
+            spec = SearchSpec(toy.apply, objective, layout, config, 4, toy.features, mesh=mesh)
+            index = spec.share(jnp.arange(16))
+            batch = Batch(x[index], y[index])
+            state, metrics = search_step(spec, PARAMS, init_state(spec, 0.2), batch, jax.random.key(3), 0.2)
+            found[objective, controller] = metrics, layout.flatten(state.optimizer[1][0].mu)
+        return found
+
+    if mesh is not None:
+        steps = jax.shard_map(steps, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    return jax.jit(steps)(*DATA)
+
+
+def test_every_objective_and_controller_on_one_device_and_on_four():
+    one = first_steps(None)
+    for form, (metrics, direction) in one.items():
+        assert float(metrics["gradient"]) > 0 and bool(jnp.isfinite(direction).all()), form
+    if jax.device_count() < 4:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    four = first_steps(jax.make_mesh((4,), ("data",)))
+    for form, (metrics, direction) in one.items():
+        for name, value in metrics.items():
+            assert jnp.allclose(value, four[form][0][name], rtol=1e-5, atol=1e-6), (form, name)
+        scale = float(jnp.abs(direction).max())
+        assert jnp.allclose(direction, four[form][1], atol=1e-4 * scale), form
+
+
+def test_the_lagrangian_ends_at_the_exact_count():
+    result = run(0.2, "loss", controller="lagrangian")
     assert result.ticket.kept == kept_count(0.2, result.ticket.total)
+    assert result.history["multiplier"][0] != result.history["multiplier"][-1]
 
 
 def test_an_objective_and_a_controller_of_mine():
@@ -60,6 +102,7 @@ def test_steps_are_the_reference():
         layout = Layout.of(params)
         spec = SearchSpec(toy.apply, "kl", layout, config, 3)
         state, key, density = init_state(spec, 0.1), jax.random.key(3), 0.1
+        step = jax.jit(functools.partial(search_step, spec))
         balance, adam = reference.GradBalance(), reference.Adam(0.1, 1e-15)
         logits = np.full(layout.total, np.log(0.1 / 0.9))
         for number in range(3):
@@ -73,7 +116,7 @@ def test_steps_are_the_reference():
             g = reference.finite_difference(jax.jit(objective), logits, 1e-5)
             # the rate has fallen at int(0.88 * 1) = 0 epochs already
             logits = logits + adam.step(balance.direction(g, logits, density), 0.01)
-            state, metrics = search_step(spec, params, state, Batch(x, y), key, density)
+            state, metrics = step(params, state, Batch(x, y), key, density)
         assert np.abs(np.asarray(layout.flatten(state.logits)) - logits).max() < 1e-3 * 0.03
         assert np.isclose(float(metrics["multiplier"]), balance.multiplier, rtol=1e-3)
 
@@ -105,48 +148,72 @@ def test_same_key_same_ticket_and_densities_side_by_side():
     assert with_dense[1].ticket.density == 1 and with_dense[0].ticket.density < 0.2
 
 
-@pytest.mark.parametrize("objective", ["kl", "delta_loss", "grad_match", "grad_norm", "feature_mse"])
-def test_four_devices_are_one(objective):
+def test_four_devices_find_what_one_does():
     if jax.device_count() < 4:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=4")
     mesh = jax.make_mesh((4,), ("data",))
-    one = run(0.1, objective, epochs=2)
-    four = run(0.1, objective, epochs=2, mesh=mesh)
+    one, four = run(0.1), run(0.1, mesh=mesh)
     for name in one.history:
         assert np.allclose(one.history[name], four.history[name], rtol=1e-3, atol=1e-5), name
-    assert np.allclose(one.history["objective"][:2], four.history["objective"][:2], rtol=1e-5, atol=1e-6)
     assert all(jnp.allclose(one.logits[n], four.logits[n], atol=2e-3) for n in one.logits)
     with pytest.raises(InputError, match="mesh"):
         run(0.1, batch_size=18, mesh=mesh)
+
+
+class Normalised(nnx.Module):
+    """Two layers with batch statistics between them, over `axis_name`."""
+
+    def __init__(self, axis_name):
+        self.a, self.b = nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+        self.norm = BatchStatNorm(8, axis_name=axis_name)
+
+    def __call__(self, x):
+        return self.b(nnx.relu(self.norm(self.a(x))))
 
 
 def test_batch_statistics_and_several_searches_on_four_devices():
     if jax.device_count() < 4:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=4")
     mesh = jax.make_mesh((4,), ("data",))
-    images = jax.random.normal(jax.random.key(0), (32, 8, 8, 1))
-    data = images, jnp.arange(32) % 10
-    one, four = (make_model("lenet", (8, 8, 1), 10, axis_name=axis) for axis in (None, "data"))
-    params = one.init(jax.random.key(1))
+    (one, params), (four, _) = (from_nnx(Normalised(axis)) for axis in (None, "data"))
     config = SearchConfig(epochs=1, batch_size=16)
-    a = search(one.apply, params, data, [0.1, 0.2], config=config)
-    b = search(four.apply, params, data, [0.1, 0.2], config=config, mesh=mesh)
+    a = search(one, params, DATA, [0.1, 0.2], config=config)
+    b = search(four, params, DATA, [0.1, 0.2], config=config, mesh=mesh)
     for x, y in zip(a, b, strict=True):
         assert np.allclose(x.history["objective"], y.history["objective"], rtol=1e-4)
+    with pytest.raises(InputError, match="batches"):
+        search(one, params, DATA, 0.1, config=config, cache_dense="examples")
 
 
 def test_cached_dense_outputs_change_nothing():
-    plain = run(0.1, objective="kl", epochs=2)
-    cached = run(0.1, objective="kl", epochs=2, cache_dense="batches")
-    assert cached.ticket.kept == plain.ticket.kept
-    # the first batch is the same in both, so is the first step
+    """With one batch an epoch the batches are the same however the dense logits are kept."""
     config = SearchConfig(epochs=2, batch_size=64)
-    plain, cached = (run(0.1, config=dataclasses.replace(config, cache_dense=c)) for c in ("none", "batches"))
-    assert np.allclose(plain.history["objective"], cached.history["objective"], rtol=1e-4)
+    kept = {cache: run(0.1, config=dataclasses.replace(config, cache_dense=cache)) for cache in CACHES}
+    for cache in CACHES[1:]:
+        assert np.allclose(kept["none"].history["objective"], kept[cache].history["objective"], rtol=1e-4), cache
+    # of examples: also where batches change
+    several = run(0.1, cache_dense="examples")
+    assert np.allclose(several.history["objective"], run(0.1).history["objective"], rtol=1e-3)
+
+
+def test_seeds_search_weights_of_their_own():
+    params, other = PARAMS, toy.params(4)
+    stacked = jax.tree.map(lambda a, b: np.stack([a, b]), params, other)
+    keys = jax.random.split(jax.random.key(1), 2)
+    together = run_on(stacked, [0.1, 0.3], key=keys, params_per_key=True)
+    assert len(together) == 4
+    for i, (own, density) in enumerate([(params, 0.1), (other, 0.1), (params, 0.3), (other, 0.3)]):
+        alone = run_on(own, density, key=keys[i % 2])
+        assert alone.ticket.kept == together[i].ticket.kept
+        assert all(jnp.allclose(alone.logits[n], a, atol=1e-3) for n, a in together[i].logits.items())
+    with pytest.raises(InputError, match="leading axis of 3"):
+        run_on(stacked, 0.1, key=jax.random.split(jax.random.key(1), 3), params_per_key=True)
+    with pytest.raises(InputError, match="a key or an array"):
+        run(0.1, key=keys.reshape(1, 2))
 
 
 def test_resumed_search_is_the_uninterrupted_one(tmp_path, monkeypatch):
-    whole = run(0.1, epochs=5, checkpoint=tmp_path / "whole", checkpoint_every=2)
+    whole = run(0.1, checkpoint=tmp_path / "whole", checkpoint_every=1)
     module = sys.modules["isotone.concrete_tickets.search"]  # the name is the function's
 
     inner, calls = module._run, []
@@ -159,16 +226,16 @@ def test_resumed_search_is_the_uninterrupted_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_run", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(0.1, epochs=5, checkpoint=tmp_path / "killed", checkpoint_every=2)
-    resumed = run(0.1, epochs=5, checkpoint=tmp_path / "killed", checkpoint_every=2)
-    assert len(calls) == 4, "epochs 2 to 5 alone are run after the kill"
+        run(0.1, checkpoint=tmp_path / "killed", checkpoint_every=1)
+    resumed = run(0.1, checkpoint=tmp_path / "killed", checkpoint_every=1)
+    assert len(calls) == 4, "epochs 2 and 3 alone are run after the kill"
     assert all(jnp.array_equal(whole.logits[n], resumed.logits[n]) for n in whole.logits)
     assert all(np.array_equal(whole.history[n], resumed.history[n]) for n in whole.history)
     with pytest.raises(InputError, match="other epochs"):
         run(0.1, epochs=6, checkpoint=tmp_path / "killed")
     with pytest.raises(InputError, match="weights, data"):
-        run(0.2, epochs=5, checkpoint=tmp_path / "killed")
-    fresh = run(0.2, epochs=5, checkpoint=tmp_path / "killed", resume=False)
+        run(0.2, checkpoint=tmp_path / "killed")
+    fresh = run(0.2, checkpoint=tmp_path / "killed", resume=False)
     assert fresh.ticket.kept == kept_count(0.2, fresh.ticket.total)
 
 
@@ -238,8 +305,6 @@ def test_planted_teacher_is_a_problem_with_an_answer():
 
 
 def test_flax_networks_of_both_kinds():
-    from flax import linen, nnx
-
     class Linen(linen.Module):
         @linen.compact
         def __call__(self, x, train=True):
@@ -257,13 +322,14 @@ def test_flax_networks_of_both_kinds():
     module = Linen()
     for apply_fn, params in (
         from_linen(module, module.init(jax.random.key(0), DATA[0]), train=True),
-        from_linen(linen.Dense(3), linen.Dense(3).init(jax.random.key(0), DATA[0])),
         from_nnx(Nnx(nnx.Rngs(0))),
     ):
         result = search(apply_fn, params, DATA, 0.25, config=SMALL)
         assert result.ticket.kept == kept_count(0.25, result.ticket.total)
         assert all("kernel" in name and "orm" not in name for name in result.ticket.masks)
-        assert toy.apply is not apply_fn and apply_fn(result.ticket.apply(params), DATA[0]).shape == (64, 3)
+        assert apply_fn(result.ticket.apply(params), DATA[0]).shape == (64, 3)
+    plain, params = from_linen(linen.Dense(3), linen.Dense(3).init(jax.random.key(0), DATA[0]))
+    assert plain(params, DATA[0]).shape == (64, 3), "no collection but params"
 
 
 @pytest.mark.parametrize(
