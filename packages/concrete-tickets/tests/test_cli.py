@@ -149,7 +149,7 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
         rewind=1,
         config=SearchConfig(epochs=1, batch_size=400),
         arms=("cts", "ltr", "snip", "magnitude"),
-        known_epochs=0,
+        known_epochs=1,
         model="mlp",
     )
     monkeypatch.setitem(reproduce.SCALES, "gpu", setting)

@@ -14,7 +14,7 @@ from isotone.swiftkv import bench, benchmark, cli, convert, drop_teacher, kv_byt
 from isotone.swiftkv.cli import app
 from isotone.swiftkv.data import pack
 from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
-from isotone.swiftkv.modeling import load
+from isotone.swiftkv.loading import load
 from isotone.swiftkv.profiling import throughput
 
 

@@ -259,7 +259,7 @@ class Experiment:
         batch = baselines.balanced_batch(self.images.train, 10, seed)
         return Batch(self._prepared(batch.inputs), batch.labels)
 
-    def _prepared(self, inputs: Array) -> Array:
+    def _prepared(self, inputs: Any) -> Any:
         return inputs if self.images.prepare is None else self.images.prepare(inputs)
 
     def objective_values(self, params: Params, ticket: Ticket, names: tuple[str, ...]) -> dict[str, float]:

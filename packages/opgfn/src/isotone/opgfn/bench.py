@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -39,7 +40,7 @@ STILL = 1e-12
 
 def bench(run: Run, small: bool = False) -> Report:
     """Every comparison whose peer is installed. Raises `InputError` where none is."""
-    where = device.resolve(run.device)
+    start, where = time.perf_counter(), device.resolve(run.device)
     work: list[tuple[str, Callable[[bool], list[Ratio]], str]] = [
         ("HyperGrid", _hypergrid, "gfn"),
         ("fragments", _fragments, "torch"),
@@ -55,7 +56,8 @@ def bench(run: Run, small: bool = False) -> Report:
     if not ratios:
         raise InputError("expected a peer to compare with, found none: install torchgfn or pymoo")
     scale: Any = "gpu" if where == "cuda" else "cpu"
-    return Report(package="opgfn", kind="bench", scale=scale, seeds=(), framework="torch", ratios=ratios)
+    seconds = time.perf_counter() - start
+    return Report("opgfn", "bench", scale, seeds=(), framework="torch", ratios=ratios, seconds=seconds)
 
 
 def _timed(

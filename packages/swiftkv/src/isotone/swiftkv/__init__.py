@@ -15,8 +15,8 @@ from isotone.swiftkv.distill import DistillConfig, History, distill
 from isotone.swiftkv.engine import decode, extend, make_cache, prefill
 from isotone.swiftkv.evaluate import cached_logits, fidelity, recall_accuracy, student_logits, teacher_logits
 from isotone.swiftkv.export import export_arctic
+from isotone.swiftkv.loading import SwiftKVForCausalLM, load
 from isotone.swiftkv.losses import distillation_kl, tiled_kl
-from isotone.swiftkv.modeling import SwiftKVForCausalLM, load
 from isotone.swiftkv.profiling import BenchmarkPoint, benchmark
 
 __version__ = "0.1.0"

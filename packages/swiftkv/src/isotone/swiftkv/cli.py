@@ -235,7 +235,7 @@ def flops(
     from transformers import AutoConfig
 
     from isotone.swiftkv import accounting
-    from isotone.swiftkv.modeling import reading
+    from isotone.swiftkv.loading import reading
 
     folder = model.parent if model.is_file() else model
     if not (folder / "config.json").is_file():
@@ -334,7 +334,7 @@ def bench(run: Run, size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "
 def _load(folder: Path, run: Run) -> Any:
     from transformers.utils import logging
 
-    from isotone.swiftkv.modeling import load
+    from isotone.swiftkv.loading import load
 
     # its own bars and remarks would stand between ours
     logging.disable_progress_bar()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -453,58 +452,3 @@ def _register() -> None:
 
 
 _register()
-
-
-class SwiftKVForCausalLM:
-    """`from_pretrained` for a swift model of any family, as `AutoModelForCausalLM` is for all models."""
-
-    @staticmethod
-    def from_pretrained(folder: str | Path, **kwargs: Any) -> Any:
-        """The swift model in `folder`, ours or the authors' checkpoint, in eval mode, its student switched on.
-
-        Raises `InputError` where there is no model, or not a swift one.
-        """
-        kept = _config_of(folder)
-        kind = str(kept.model_type).removesuffix("_swiftkv")
-        if kept.model_type not in {f"{name}_swiftkv" for name in MODELS}:
-            raise InputError(
-                f"expected a swift model in {str(folder)!r}, got one of type {kept.model_type!r}; convert it"
-            )
-        kept.swiftkv = True
-        loaded: Any = MODELS[kind]
-        with reading(folder):
-            model, report = loaded.from_pretrained(folder, config=kept, output_loading_info=True, **kwargs)
-        if missing := sorted(report["missing_keys"]):
-            # transformers would give them random values and go on
-            raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
-        return model.eval()
-
-
-def _config_of(folder: str | Path) -> Any:
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"expected a Hugging Face model folder with a config.json at {str(folder)!r}, found none")
-    with reading(folder):
-        return AutoConfig.from_pretrained(folder)
-
-
-@contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Errors that a broken model folder causes, as one sentence that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"expected a whole Hugging Face model in {str(folder)!r}: {first}") from None
-
-
-def load(folder: str | Path, **kwargs: Any) -> Any:
-    """Any causal language model in `folder`, swift or not, in eval mode. Raises `InputError` where there is none."""
-    kept = _config_of(folder)
-    if str(kept.model_type).endswith("_swiftkv"):
-        return SwiftKVForCausalLM.from_pretrained(folder, **kwargs)
-    with reading(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, config=kept, **kwargs).eval()

@@ -37,7 +37,7 @@ from isotone.swiftkv.data import RECALL_VOCAB, Batch, Bytes, Windows, recall_tas
 from isotone.swiftkv.distill import DistillConfig, distill
 from isotone.swiftkv.engine import make_cache
 from isotone.swiftkv.evaluate import cached_logits, fidelity, recall_accuracy, student_logits, teacher_logits
-from isotone.swiftkv.modeling import load
+from isotone.swiftkv.loading import load
 from isotone.swiftkv.tokens import encode
 
 SHAKESPEARE = "text/tinyshakespeare.txt"

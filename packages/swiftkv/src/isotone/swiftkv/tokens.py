@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from isotone.shared.errors import InputError
-from isotone.swiftkv.modeling import reading
+from isotone.swiftkv.loading import reading
 
 
 def tokenizer_of(folder: Path) -> Any:
