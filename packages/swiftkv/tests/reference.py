@@ -20,10 +20,11 @@ def rope(x, position, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def swiftkv_forward(model, ids, kept, group, first_position=0):
+def swiftkv_forward(model, ids, kept, group, first_position=0, copied=False):
     """Logits (n, V) of one row of ids (n,) by the paper's five steps, every token through every layer, in float64.
 
-    Of a Llama: each query head attends with a softmax written out to all tokens before its own.
+    `copied`: not SwiftKV, but the keys and values of layer l - 1 in every layer after it, with those layers' own
+    queries. Of a Llama: each query head attends with a softmax written out to all tokens before its own.
     """
     config, inner = model.config, model.model
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -38,12 +39,12 @@ def swiftkv_forward(model, ids, kept, group, first_position=0):
     shared = {}
     for j in range(len(inner.layers)):
         at = f"model.layers.{j}"
-        swift = "" if j < kept else "_swiftkv"
+        swift = "" if j < kept or copied else "_swiftkv"
         x = rms_norm(hidden, weight[f"{at}.input_layernorm.weight"], config.rms_norm_eps)
         if j == kept:  # step 2
             single = rms_norm(hidden, weight["model.norm_swiftkv.weight"], config.rms_norm_eps)
         source = x if j < kept else single
-        if j < kept or (j - kept) % group == 0:  # steps 1 and 3
+        if j < kept or ((j - kept) % group == 0 and not copied):  # steps 1 and 3
             keys = linear(f"{at}.self_attn.k_proj{swift}", source).view(-1, kv_heads, size)
             values = linear(f"{at}.self_attn.v_proj{swift}", source).view(-1, kv_heads, size)
             keys = torch.stack([rope(k, first_position + t, theta) for t, k in enumerate(keys)])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import ids, make
+from transformers import GPT2Config
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import convert, decode, decode_flops, extend, flops, kv_bytes, make_cache, speedup_bound
@@ -111,7 +112,15 @@ def test_peak_memory_is_that_of_the_tensors():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda c: flops(c, 0), "survivors"),
+        (lambda c: flops(c, 0), "got 0"),
+        (lambda c: flops(c, 8, survivors=9), "survivors"),
+        (lambda c: flops(c, -3), "got -3"),
+        (lambda c: flops(c, True), "True"),
+        (lambda c: decode_flops(c, 0), "context"),
+        (lambda c: kv_bytes(c, 0), "tokens"),
+        (lambda c: kv_bytes(c, 8, batch=0), "batch"),
+        (lambda c: flops(GPT2Config(), 8), "gpt2"),
+        (lambda c: kv_bytes(GPT2Config(), 8), "gpt2"),
         (lambda c: flops(c, 8, 7), "got 7"),
         (lambda c: kv_bytes(c, 8, kv_dtype="model"), "size"),
         (lambda c: kv_bytes(c, 8, kv_dtype="int3"), "int3"),

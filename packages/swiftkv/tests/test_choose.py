@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def test_suggestion_is_what_conversion_gives(family):
     base = make(family, initializer_range=0.1)
     data = [ids(2, 16, seed) for seed in range(2)]
     found = suggest_l(base, data)
-    assert len(found.kl) == 5 and found.kl[-1] < 1e-6 and found.num_key_value_layers >= 3
+    assert len(found.kl) == 5 and found.kl[-1] < 1e-6 and found.num_key_value_layers == 5, "3/4 of a small model"
     for kept in (1, 3):
         model = convert(make(family, initializer_range=0.1), kept)
         total = 0.0
@@ -59,6 +60,11 @@ def test_suggestion_refusals():
         suggest_l(make(), [])
     with pytest.raises(InputError, match="not converted"):
         suggest_l(convert(make(), 2), [ids(1, 4)])
+    broken = make()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="finite"):
+        suggest_l(broken, [ids(1, 4)])
 
 
 @settings(deadline=None, max_examples=30)
@@ -185,14 +191,21 @@ def test_dropped_layers_start_as_the_norm_of_h_l():
 
 
 def test_copied_keys_are_the_layer_below_s():
-    """With layer l - 1's projections in all upper layers and an identity in between, copying is exact."""
-    base = make()
-    for layer in base.model.layers[3:]:
-        layer.self_attn.o_proj.weight.data.zero_()
-    model = convert(base, 3)
-    with torch.no_grad(), model.teacher():
-        wanted = model(input_ids=ids(1, 7)).logits
-    torch.testing.assert_close(CopiedKeyValues(model)(ids(1, 7)), wanted, rtol=1e-4, atol=1e-5)
+    model = convert(make("llama"), 3)
+    wanted = reference.swiftkv_forward(model, ids(1, 7)[0], 3, 1, copied=True)
+    with torch.no_grad():
+        found = CopiedKeyValues(model)(ids(1, 7))[0].double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    other = reference.swiftkv_forward(model, ids(1, 7)[0], 3, 1)
+    assert (found - other).abs().max() > 0.01, "the student's own keys would give other logits"
+
+
+def test_the_exit_has_as_many_weights_as_swiftkv():
+    for shape in ({}, {"hidden_size": 64}, {"num_hidden_layers": 8}):
+        model = convert(make(**shape), 3)
+        own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        theirs = sum(p.numel() for p in EarlyExit(model).parameters())
+        assert own <= theirs < own + 2 * model.config.hidden_size, (own, theirs)
 
 
 def test_base_training():

@@ -198,12 +198,26 @@ def test_benchmark_is_beside_the_teacher_or_a_base():
         (["export", "swift", "--format", "gguf"], "gguf"),
         (["evaluate", "swift", "--text", "text.txt", "--batches", "0"], "batches"),
         (["reproduce", "--scale", "paper"], "GPU"),
+        (["flops", "gpt2"], "gpt2"),
+        (["flops", "base", "--num-key-value-layers", "0"], "got 0"),
+        (["evaluate", "swift", "--text", "text.txt", "--base", "other"], "vocabulary"),
+        (["distill", "swift", "--text", "talk.jsonl", "--batch", "0"], "--batch"),
+        (["distill", "swift", "--text", "chat.jsonl"], "chat template"),
+        (["suggest", "base", "--text", "text.txt", "--batches", "-3"], "-3"),
+        (["suggest", "base", "--text", "talk.jsonl"], "talk.jsonl"),
+        (["benchmark", "swift", "--num-key-value-layers", "2"], "its own 3"),
+        (["flops", "many-words"], "many-words"),
         (["bench", "--size", "gpu"], "GPU"),
     ],
 )
 def test_refusals(folder, argv, words):
     (folder / "broken.jsonl").write_text("{}\n")
     (folder / "latin.txt").write_bytes("perché".encode("latin-1"))
+    (folder / "chat.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Yes."}]}')
+    (folder / "gpt2").mkdir(exist_ok=True)
+    (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
+    if not (folder / "other").exists():
+        make(vocab_size=300).save_pretrained(folder / "other")
     result = run_cli(app, [*argv, "--device", "cpu"], folder)
     assert result.code == 2 and words in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -273,3 +287,62 @@ def test_a_base_of_nan_is_no_perfect_match(folder):
     batch = [torch.zeros(1, 4, dtype=torch.long)]
     with pytest.raises(InputError, match="compared with"):
         fidelity(student_logits(swift), student_logits(spoilt), batch)
+
+
+def chat_tokenizer(path, words=("<s>", "</s>", "user", "assistant", "what", "is", "it", "one", "two")):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="it"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = (
+        "<s> {% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    made.save_pretrained(path)
+
+
+def test_conversations_ask_for_the_assistant_s_words_alone(tmp_path):
+    chat_tokenizer(tmp_path)
+    turns = [("user", "what is it"), ("assistant", "one"), ("user", "is it"), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages}))
+    (found,) = cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+    assert found[0] == [0, 2, 4, 5, 6, 1, 3, 7, 1, 2, 5, 6, 1, 3, 8, 1]
+    assert found[1] == [-100] * 7 + [7, 1] + [-100] * 5 + [8, 1]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages[:1]}))
+    with pytest.raises(InputError, match="assistant, on line 1"):
+        cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+    with pytest.raises(InputError, match="below its model's 5"):
+        cli._tokens(tmp_path / "talk.jsonl", tmp_path, make(vocab_size=5))
+
+
+def test_lines_are_evaluated_as_lines_and_full_training_is_scored(folder):
+    said = run(folder, "evaluate", "swift", "--text", "talk.jsonl", "--context", "48", "--out", "ev")
+    swift = load(folder / "swift")
+    rows = pack(cli._examples(folder / "talk.jsonl", folder / "swift", swift), 48)
+    wanted = fidelity(student_logits(swift), teacher_logits(swift), rows)
+    assert said["kl"] == pytest.approx(wanted["kl"], abs=1e-4)
+    arguments = ["--text", "text.txt", "--steps", "2", "--context", "32", "--train", "full", "--out", "fu"]
+    said = run(folder, "distill", "swift", *arguments)
+    assert said["kl before"] > 0 and said["kl after"] > 0
+
+
+def test_a_name_on_the_hub_goes_to_transformers(folder, monkeypatch):
+    from isotone.swiftkv import loading
+
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name, **kwargs):
+            asked.append(str(name))
+            return config
+
+    config = loading.config_of(folder / "base")
+    monkeypatch.setattr(loading, "AutoConfig", Hub)
+    assert loading.config_of("owner/name") is config and asked == ["owner/name"]
+    for name in ("name-alone", "a/b/c", str(folder)):
+        with pytest.raises(InputError, match="model folder"):
+            loading.config_of(name)

@@ -6,6 +6,7 @@ from models import FAMILIES, ids, make
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import SwiftKVConfig, convert, drop_teacher, freeze
+from isotone.swiftkv.convert import teacher_of
 
 
 def logits(model, tokens):
@@ -202,3 +203,77 @@ def test_hidden_states_and_padding_are_the_student_s():
     assert len(out.hidden_states) == 7
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     torch.testing.assert_close(padded[:, 3:], out.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_attention_implementation_is_the_model_s_own(family, kind):
+    """Set after conversion, on either of the two, it reaches every layer of that model, and none of the other."""
+    base, tokens = make(family), ids(2, 13)
+    model = convert(base, 2, 2)
+    student, teacher = logits(model, tokens), logits(base, tokens)
+    model.set_attn_implementation(kind)
+    torch.testing.assert_close(logits(model, tokens), student, rtol=1e-4, atol=1e-4)
+    with model.teacher():
+        torch.testing.assert_close(logits(model, tokens), teacher, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(base, tokens), teacher)
+    before = logits(model, tokens)
+    base.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(base, tokens), teacher, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model, tokens), before)
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+
+
+def test_a_hook_on_one_model_is_not_the_other_s():
+    base = make()
+    model = convert(base, 2, 2)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    logits(base, ids(1, 4))
+    assert not seen
+    model.generation_config.max_new_tokens = 3
+    assert base.generation_config.max_new_tokens != 3
+    assert not base.training and not any(p.requires_grad for p in base.parameters())
+
+
+def test_the_teacher_of_a_model():
+    base = make()
+    wanted = logits(base, ids(1, 9))
+    model = convert(base, 2, 2)
+    teacher = teacher_of(model)
+    assert torch.equal(logits(teacher, ids(1, 9)), wanted) and model.config.swiftkv
+    drop_teacher(model)
+    assert torch.equal(logits(teacher, ids(1, 9)), wanted)
+
+
+def test_projections_that_are_more_than_linear_are_refused():
+    class Lora(torch.nn.Linear):
+        pass
+
+    base = make()
+    base.model.layers[3].self_attn.q_proj = Lora(32, 32, bias=False)
+    with pytest.raises(InputError, match="merge adapters"):
+        convert(base, 2)
+
+
+def test_a_transformers_cache_that_forgets_is_refused():
+    from transformers import DynamicCache
+
+    model = convert(make("mistral-window"), 2, 2)
+    with pytest.raises(InputError, match="without a config"):
+        model(input_ids=ids(1, 9), past_key_values=DynamicCache(config=model.config))
+    whole = logits(model, ids(1, 20))
+    with torch.no_grad():
+        past = DynamicCache()
+        model(input_ids=ids(1, 20)[:, :12], past_key_values=past)
+        more = model(input_ids=ids(1, 20)[:, 12:], past_key_values=past).logits
+    torch.testing.assert_close(more, whole[:, 12:], rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_as_the_config_and_the_caller_say():
+    model = convert(make(), 2, 2)
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        assert len(model(input_ids=ids(1, 5)).hidden_states) == 7
+        assert isinstance(model(input_ids=ids(1, 5), return_dict=False), tuple)

@@ -15,6 +15,7 @@ from isotone.shared.errors import InputError
 from isotone.shared.testing import kill_and_resume, run_cli
 from isotone.swiftkv import Batch, DistillConfig, Windows, convert, distill, distillation_kl, drop_teacher, tiled_kl
 from isotone.swiftkv.cli import app
+from isotone.swiftkv.convert import teacher_of
 from isotone.swiftkv.distill import step_loss
 from isotone.swiftkv.losses import tiled_cross_entropy
 
@@ -273,6 +274,10 @@ def test_a_killed_command_resumes_to_the_same_weights(tmp_path):
         ({"compute_dtype": "fp8"}, "fp8"),
         ({"hidden_loss_layer": -8}, "hidden_loss_layer"),
         ({"hidden_loss_layer": 9}, "hidden_loss_layer"),
+        ({"hidden_loss_layer": 9, "hidden_loss_mult": 0.0}, "hidden_loss_layer"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"steps": True}, "whole number"),
         ({"lr": 1e9, "clip": 1e9, "steps": 20}, "finite loss"),
     ],
 )
@@ -296,3 +301,66 @@ def test_models_without_a_teacher_or_anything_to_train():
         distill(drop_teacher(convert(make(), 2)), lambda step: batch(), steps=1)
     with pytest.raises(InputError, match="nothing to distil"):
         distill(convert(make(), 6), lambda step: batch(), steps=1)
+
+
+@pytest.mark.parametrize("train", ["norms", "full"])
+def test_training_what_is_shared_leaves_the_base_alone(train):
+    base = make(initializer_range=0.1)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = convert(base, 2, 2)
+    teacher = teacher_of(model)
+    with torch.no_grad():
+        wanted = base(input_ids=ids(1, 9)).logits
+    distill(model, lambda step: batch(), steps=3, lr=1e-2, train=train)
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids(1, 9)).logits, wanted)
+        assert torch.equal(teacher(input_ids=ids(1, 9)).logits, wanted)
+    assert not torch.equal(
+        model.model.layers[3].input_layernorm.weight, before["model.layers.3.input_layernorm.weight"]
+    )
+    assert model.model.layers[3].self_attn.config is model.config
+
+
+def by_hand(model, data, steps, lr, clip, decay, betas=(0.9, 0.999), eps=1e-8):
+    """AdamW with gradients clipped to a norm, written out; returns the weights after `steps`."""
+    config = DistillConfig(steps=steps, lr=lr)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first, second = ({name: torch.zeros_like(p) for name, p in named.items()} for _ in range(2))
+    for step in range(steps):
+        gradients = dict(
+            zip(named, torch.autograd.grad(step_loss(model, data(step), config), named.values()), strict=True)
+        )
+        norm = torch.sqrt(sum((g * g).sum() for g in gradients.values()))
+        rate = lr * config.rate(step)
+        with torch.no_grad():
+            for name, p in named.items():
+                g = gradients[name] * min(1.0, clip / (float(norm) + 1e-6))
+                first[name] = betas[0] * first[name] + (1 - betas[0]) * g
+                second[name] = betas[1] * second[name] + (1 - betas[1]) * g * g
+                p.mul_(1 - rate * decay)
+                corrected = second[name] / (1 - betas[1] ** (step + 1))
+                p.sub_(rate * first[name] / (1 - betas[0] ** (step + 1)) / (corrected.sqrt() + eps))
+    return {name: p.detach() for name, p in named.items()}
+
+
+@pytest.mark.parametrize("clip, decay", [(1e9, 0.0), (0.05, 0.0), (0.05, 0.3)])
+def test_steps_are_adamw_s_with_clipped_gradients(clip, decay):
+    data = lambda step: batch(step)  # noqa: E731
+    wanted = by_hand(convert(make(), 2, 2), data, 5, 1e-2, clip, decay)
+    model = convert(make(), 2, 2)
+    distill(model, data, steps=5, lr=1e-2, clip=clip, weight_decay=decay)
+    named = dict(model.named_parameters())
+    for name, weight in wanted.items():
+        torch.testing.assert_close(named[name].detach(), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_is_of_matching_shapes():
+    with pytest.raises(InputError, match="labels"):
+        Batch(ids(2, 5), ids(2, 4))
+    with pytest.raises(InputError, match="position_ids"):
+        Batch(ids(2, 5), position_ids=ids(3, 5))
+    with pytest.raises(InputError, match="shape"):
+        Batch(ids(2, 5)[0])
+    with pytest.raises(InputError, match="0 to 96"):
+        distill(convert(make(), 2), lambda step: Batch(ids(2, 5) + 97), steps=1)

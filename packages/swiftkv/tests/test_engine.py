@@ -208,6 +208,21 @@ class Adapter(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "hook"])
+def test_what_stands_around_a_latent_projection_counts(kind):
+    """MLA's decoding folds kv_b_proj's weight into queries, unless there is more to the projection than its weight."""
+    model = shaken(convert(make("deepseek-v2"), 2, 2))
+    attention = model.model.layers[4].self_attn
+    if kind == "adapter":
+        attention.kv_b_proj_swiftkv = Adapter(attention.kv_b_proj_swiftkv)
+    else:
+        attention.kv_b_proj_swiftkv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    rows = ragged([9])
+    cache = make_cache(model, 1, 10)
+    close(extend(model, rows, cache), full(model, rows))
+    close(decode(model, rows[0][:1], cache), full(model, [torch.cat([rows[0], rows[0][:1]])]))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "hook"])
 def test_what_stands_around_a_projection_counts(kind):
     model = shaken(convert(make("llama-bias"), 2, 2))
     attention = model.model.layers[4].self_attn
@@ -275,6 +290,9 @@ def test_transformers_cache_holds_a_group_once():
         (lambda m, c: make_cache(m, 1, 8, "fp8", key_scale=torch.zeros(6)), "above 0"),
         (lambda m, c: Decoder(m, c, "quick"), "quick"),
         (lambda m, c: c.crop(0, 3), "0 to 0"),
+        (lambda m, c: decode(m, torch.tensor([1, 97]), c), "0 to 96"),
+        (lambda m, c: prefill(m, ids(2, 4), c, attention_mask=torch.zeros(2, 4) - 1e4), "0 and 1"),
+        (lambda m, c: prefill(m, ids(2, 4), SwiftKVCache(m.config, 2, 8, dtype=torch.bfloat16)), "bfloat16"),
     ],
 )
 def test_refusals(call, words):
@@ -313,3 +331,19 @@ def test_a_teacher_s_cache_needs_the_teacher():
         extend(model, ragged([3]), cache)
     with pytest.raises(InputError, match="teacher"), model.teacher():
         pass
+
+
+def test_models_of_other_kinds_are_refused():
+    from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    small = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    granite = GraniteForCausalLM(GraniteConfig(**small)).eval()
+    moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for model, words in (
+        (granite, "granite"),
+        (LlamaForCausalLM(LlamaConfig(**small, rope_parameters=moving)).eval(), "dynamic"),
+    ):
+        with pytest.raises(InputError, match=words):
+            make_cache(model, 1, 8)
+        with pytest.raises(InputError, match=words):
+            extend(model, ragged([3]), SwiftKVCache(model.config, 1, 8))

@@ -196,6 +196,15 @@ def test_registration():
         assert AutoConfig.for_model(f"{family}_swiftkv").swiftkv is True
 
 
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
+    model = convert(make(), 2, 2)
+    with torch.no_grad():
+        model.model.layers[4].self_attn.q_proj_swiftkv.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="q_proj_swiftkv"):
+        load(tmp_path)
+
+
 def test_biases_that_arctic_drops_are_refused(tmp_path):
     with pytest.raises(InputError, match="attention_bias"):
         export_arctic(convert(make("llama-bias"), 2, 1), tmp_path)

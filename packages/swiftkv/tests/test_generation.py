@@ -1,5 +1,7 @@
 """`generate` is transformers' own: the same tokens where the models agree, the same distribution when it drafts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compiled import shaken
@@ -14,7 +16,7 @@ from transformers import (
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import convert
-from isotone.swiftkv.generation import lookup_drafter
+from isotone.swiftkv.generation import _Loop, lookup_drafter
 
 OPTIONS = dict(max_new_tokens=12, pad_token_id=0)
 
@@ -131,9 +133,22 @@ def test_an_assistant_changes_no_greedy_token(assistant):
         assert max(calls) == 5, "four drafted tokens and the one before are verified at once"
 
 
+@pytest.mark.parametrize("drafted", [0, 5, 7])
+def test_a_drafted_token_leaves_the_distribution_as_it_was(drafted):
+    """Of 8 tokens, whichever was drafted and however likely it is; chi-square of 7 degrees, false alarm 0.1 %."""
+    scores = torch.tensor([[2.0, 0.5, 0.0, -0.5, -1.0, 1.0, 0.2, -2.0]])
+    loop = _Loop(None, None, None, [], SimpleNamespace(do_sample=True), None)
+    torch.manual_seed(0)
+    draws = torch.stack([loop.accept(scores, drafted) for _ in range(4000)]).flatten()
+    expected = 4000 * scores[0].softmax(-1)
+    statistic = ((torch.bincount(draws, minlength=8) - expected) ** 2 / expected).sum()
+    assert float(statistic) < 24.32
+    assert loop.accept(torch.where(torch.arange(8) == 3, 0.0, -torch.inf)[None], drafted).item() == 3
+
+
 @pytest.mark.slow
 def test_drafting_keeps_the_distribution():
-    """The second sampled token's frequencies with a drafter, by chi-square; false alarm 0.1 %."""
+    """The frequencies of two sampled tokens with a drafter, by chi-square; false alarm 0.1 %."""
     model = shaken(convert(make(vocab_size=8, initializer_range=0.1), 2, 2))
     row = ids(1, 6, vocab=8)
     with torch.no_grad():
@@ -182,6 +197,8 @@ def test_lookup_drafts_what_followed_last():
         ({"cache_implementation": "quantized"}, "cache_implementation"),
         ({"past_key_values": object()}, "SwiftKVCache"),
         ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"generation_config": GenerationConfig(use_cache=False, max_new_tokens=2)}, "use_cache"),
+        ({"generation_config": GenerationConfig(cache_implementation="quantized", max_new_tokens=2)}, "cache_imp"),
     ],
 )
 def test_refusals(options, words):
@@ -203,3 +220,44 @@ def test_more_refusals():
             model.generate(bad, **OPTIONS)
     with pytest.raises(InputError, match="rows"):
         model.generate(ids(2, 5), past_key_values=model.make_cache(1, 30), **OPTIONS)
+
+
+def test_a_refusal_leaves_the_caller_s_cache_as_it_was():
+    model = convert(make(), 2)
+    for rows, options, words in (
+        (2, {"prompt_lookup_num_tokens": 2}, "one prompt"),
+        (1, {"decode_mode": "cudagraph"}, "GPU"),
+        (1, {"max_new_tokens": 60}, "more tokens in row 0"),
+    ):
+        cache = model.make_cache(rows, 30)
+        with pytest.raises(InputError, match=words):
+            model.generate(ids(rows, 5), past_key_values=cache, **{**OPTIONS, **options})
+        assert cache.lengths == [0] * rows
+
+
+def test_weights_of_nan_generate_nothing():
+    model = convert(make(), 2)
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="finite logits"):
+        model.generate(ids(1, 5), **OPTIONS)
+
+
+def test_generation_inside_generation_keeps_its_settings():
+    """A streamer, criterion or processor may generate with the same model."""
+    model = shaken(convert(make(), 2, 2))
+    options = dict(prefill_chunk=4, kv_dtype="int4", **OPTIONS)
+    wanted = model.generate(ids(1, 9), **options)
+    seen = []
+
+    class Nested:
+        def put(self, value):
+            seen.append(model.generate(ids(1, 5), max_new_tokens=2, pad_token_id=0))
+
+        def end(self):
+            pass
+
+    assert torch.equal(
+        model.generate(ids(1, 9), prefill_chunk=4, kv_dtype="int4", streamer=Nested(), **OPTIONS), wanted
+    )
+    assert len(seen) == 13

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isotone.shared.errors import InputError
-from isotone.swiftkv.config import SwiftKVConfig
+from isotone.swiftkv.config import SwiftKVConfig, check_family
 from isotone.swiftkv.families import FEW_QUERIES, CacheSpec, head_dim, is_latent
 from isotone.swiftkv.quantize import Codec
 
@@ -69,8 +69,18 @@ class Flops:
         return self.lower + self.keys_values + self.upper + self.logits
 
 
+def _whole(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+
+
 def layer_cost(config: Any, layer: int = 0) -> LayerCost:
-    """The cost of `layer`. Only DeepSeek-V2's layers differ: the first ones have a dense MLP, the others experts."""
+    """The cost of `layer`. Only DeepSeek-V2's layers differ: the first ones have a dense MLP, the others experts.
+
+    Raises `InputError` on a family that is not supported.
+    """
+    check_family(config)
     d, heads = config.hidden_size, config.num_attention_heads
     if not is_latent(config):
         size = head_dim(config)
@@ -121,12 +131,14 @@ def flops(
     half of the prompt on average, as the paper counts (L * 2 H e n^2); False: the whole square, as torch's counter
     counts a causal attention. Raises `InputError` on l or g that do not fit, or n < survivors.
     """
+    _whole(n=n, batch=batch, survivors=survivors)
+    check_family(config)
     layers = config.num_hidden_layers
     split = SwiftKVConfig(
         layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size
     )
-    if survivors < 1 or n < survivors or batch < 1:
-        raise InputError(f"expected 1 to n={n} survivors and a batch of at least 1, got {survivors} and {batch}")
+    if n < survivors:
+        raise InputError(f"expected 1 to n={n} survivors, got {survivors}")
     costs = [layer_cost(config, layer) for layer in range(layers)]
     lower = fill = upper = 0
     for layer in range(split.num_key_value_layers):
@@ -145,7 +157,12 @@ def flops(
 def decode_flops(
     config: Any, context: int, num_key_value_layers: int | None = None, key_value_group_size: int = 1
 ) -> int:
-    """FLOPs of one more token with `context` tokens in the cache, the new one included."""
+    """FLOPs of one more token with `context` tokens in the cache, the new one included.
+
+    Raises `InputError` on l or g that do not fit, and a context below 1.
+    """
+    _whole(context=context)
+    check_family(config)
     layers = config.num_hidden_layers
     split = SwiftKVConfig(
         layers, layers if num_key_value_layers is None else num_key_value_layers, key_value_group_size
@@ -176,6 +193,8 @@ def kv_bytes(
     """
     import torch
 
+    _whole(tokens=tokens, batch=batch)
+    check_family(config)
     if kv_dtype == "model":
         raise InputError("expected a kv_dtype with a size, such as bf16, got 'model'")
     layers = config.num_hidden_layers

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotone.swiftkv.cache import SwiftKVCache
-from isotone.swiftkv.families import FEW_QUERIES, absorb_query, expand_latent, release_output
+from isotone.swiftkv.families import FEW_QUERIES, absorb_query, expand_latent, is_plain, release_output
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _one_shape(
     """
     if not hasattr(attention, "kv_lora_rank"):
         return dot_product(query, keys, values, attention.scaling, mask, causal)
-    if query.shape[2] > FEW_QUERIES or causal:
+    if query.shape[2] > FEW_QUERIES or causal or not is_plain(up):
         keys, values = expand_latent(attention, keys, up)
         return dot_product(query, keys, values, attention.scaling, mask, causal)
     absorbed = absorb_query(attention, query.transpose(1, 2), up).transpose(1, 2)

@@ -9,38 +9,50 @@ hidden states has no counterpart where layers are missing: neither baseline has 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.data import Batch, Batches
 from isotone.swiftkv.distill import DistillConfig, lower_half
-from isotone.swiftkv.families import keys_values, rotate, window_of
+from isotone.swiftkv.families import SWIFT, keys_values, rotate, window_of
 from isotone.swiftkv.losses import tiled_kl
 from isotone.swiftkv.modeling import attention_outputs
 
 
 class EarlyExit(nn.Module):
-    """The layers from l on dropped: h_l, a d x d map (the identity at first), its own norm, the model's lm_head."""
+    """The layers from l on dropped: h_l, a residual MLP (0 at first), a d x d map (the identity at first), its own
+    norm, the model's lm_head. The MLP is as wide as it takes to have at least as many weights as SwiftKV trains."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.host = [model]  # not a submodule: its weights are not this arm's
         d = model.config.hidden_size
-        self.map = nn.Linear(d, d, bias=False, device=model.lm_head.weight.device)
+        where = model.lm_head.weight.device
+        own = sum(p.numel() for name, p in model.named_parameters() if SWIFT in name)
+        width = max(1, math.ceil((own - d * d - d) / (2 * d)))
+        self.up = nn.Linear(d, width, bias=False, device=where)
+        self.down = nn.Linear(width, d, bias=False, device=where)
+        self.map = nn.Linear(d, d, bias=False, device=where)
         self.weight = nn.Parameter(model.model.norm.weight.detach().clone())
         self.eps = model.model.norm.variance_epsilon
         with torch.no_grad():
+            # the seed is its own, so that an arm is the same alone and after others
+            self.up.weight.copy_(torch.randn(width, d, generator=torch.Generator().manual_seed(0)) / d**0.5)
+            self.down.weight.zero_()
             self.map.weight.copy_(torch.eye(d))
 
     def final(self, batch: Batch) -> Float[Tensor, "batch n d"]:
         """What lm_head is given."""
         with torch.no_grad():
             hidden = lower_half(self.host[0], batch)[0]
-        hidden = self.map(hidden)
+        unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+        hidden = self.map(hidden + self.down(F.silu(self.up(unit))))
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotone.shared.errors import InputError
+from isotone.swiftkv.config import FAMILIES
 from isotone.swiftkv.families import expand_latent, keys_values, queries, rotate, window_of
-from isotone.swiftkv.modeling import MODELS, attention_outputs, layer_masks
+from isotone.swiftkv.modeling import attention_outputs, layer_masks
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Suggestion:
 def suggest_l(model: Any, data: Sequence[Tensor]) -> Suggestion:
     """A suggestion from `data`, batches (b, n) of token ids (ten are enough).
 
-    The suggested l is the knee of the KL, and at least half of the layers, where the paper's recipes for large models
-    lie (they take three quarters for Qwen's). Raises `InputError` without data, on a family that is not supported or a
-    model of a single layer.
+    The suggested l is the knee of the KL, and at least half of the layers, or three quarters of a Qwen's or of a model
+    with fewer than 7e9 weights, where the authors' recipes lie. Raises `InputError` without data, on a family that is
+    not supported, a model of a single layer and weights that give no finite logits.
     """
-    if str(model.config.model_type) not in MODELS:
+    if str(model.config.model_type) not in FAMILIES:
         raise InputError(
-            f"expected a model of type {', '.join(MODELS)}, not converted, got {model.config.model_type!r}"
+            f"expected a model of type {', '.join(FAMILIES)}, not converted, got {model.config.model_type!r}"
         )
     layers = model.config.num_hidden_layers
     if not len(data) or layers < 2:
@@ -58,9 +59,19 @@ def suggest_l(model: Any, data: Sequence[Tensor]) -> Suggestion:
             logits = _converted(model, inputs[kept], kept, masks, rope)
             lost[kept - 1] += float(F.kl_div(F.log_softmax(logits.float(), -1), base, log_target=True, reduction="sum"))
         tokens += ids.numel()
+    if not bool(lost.isfinite().all()):
+        raise InputError("expected finite logits of the model, got NaN or infinity: are its weights whole?")
     losses = (lost / tokens).clamp_min(0).tolist()
     knee = knee_of(losses)
-    return Suggestion((similar / tokens).tolist(), losses, knee, min(layers, max(knee, math.ceil(layers / 2))))
+    least = math.ceil(layers * _share(model))
+    return Suggestion((similar / tokens).tolist(), losses, knee, min(layers - 1, max(knee, least)))
+
+
+def _share(model: Any) -> float:
+    """The least share of the layers to keep: the authors' recipes take a half at 8B and above, three quarters of Qwen's
+    and of smaller models."""
+    small = sum(parameter.numel() for parameter in model.parameters()) < 7e9
+    return 0.75 if small or model.config.model_type.startswith("qwen") else 0.5
 
 
 def knee_of(losses: Sequence[float]) -> int:

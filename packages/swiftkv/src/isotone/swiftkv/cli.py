@@ -19,7 +19,7 @@ from isotone.shared.errors import InputError
 app = paper_app("swiftkv", framework="torch")
 Opt, Arg = typer.Option, typer.Argument
 Model = Annotated[Path, Arg(help="a Hugging Face model folder")]
-Text = Annotated[Path, Opt(help="a text file, or .jsonl lines of prompt and completion")]
+Text = Annotated[Path, Opt(help="a text file, or .jsonl lines of prompt and completion, or of messages")]
 
 
 @verb(app)
@@ -63,8 +63,13 @@ def distill(
     from isotone.swiftkv.distill import DistillConfig
     from isotone.swiftkv.distill import distill as train_model
 
-    if checkpoint_every < 1:
-        raise InputError(f"expected --checkpoint-every to be at least 1, got {checkpoint_every}")
+    for name, value, least in (
+        ("checkpoint-every", checkpoint_every, 1),
+        ("batch", batch, 1),
+        ("context", context, 2),
+    ):
+        if value < least:
+            raise InputError(f"expected --{name} to be at least {least}, got {value}")
     settings = DistillConfig(
         steps=steps,
         lr=lr,
@@ -90,7 +95,7 @@ def distill(
             checkpoint_every=checkpoint_every,
             resume=run.resume,
             data_id=data_id,
-            evaluate=_scores(held_out) if train == "qkv" else None,
+            evaluate=_scores(swift, held_out, train),
             on_step=lambda step, value: bar.advance(1, loss=round(value, 4)),
         )
     _save(swift, model, target, export if swift.config.teacher_weights else "swift")
@@ -113,20 +118,30 @@ def evaluate(
     context: Annotated[int, Opt(help="tokens a window")] = 128,
 ) -> dict:
     """Cross-entropy, KL to the base and top-1 agreement on a text."""
-    from isotone.swiftkv.data import Windows
+    from isotone.swiftkv.data import Windows, pack
     from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
 
-    if batches < 1:
-        raise InputError(f"expected --batches to be at least 1, got {batches}")
+    if batches < 1 or context < 2:
+        raise InputError(f"expected --batches of 1 and --context of 2 or more, got {batches} and {context}")
     swift = _load(model, run)
     if base is not None:
-        theirs = student_logits(_load(base, run))
+        other = _load(base, run)
+        if other.config.vocab_size != swift.config.vocab_size:
+            raise InputError(
+                f"expected --base of the model's vocabulary, {swift.config.vocab_size} tokens, got "
+                f"{other.config.vocab_size}"
+            )
+        theirs = student_logits(other)
     elif getattr(swift.config, "teacher_weights", False):
         theirs = teacher_logits(swift)
     else:
         raise InputError("expected --base FOLDER: this model has no teacher inside")
-    windows = Windows(_tokens(text, model, swift), context, 8, 7)
-    held = [windows(step).input_ids.to(swift.device) for step in range(batches)]
+    held: list[Any]
+    if text.suffix == ".jsonl":
+        held = [row.to(swift.device) for row in pack(_examples(text, model, swift), context)[: 8 * batches]]
+    else:
+        windows = Windows(_tokens(text, model, swift), context, 8, 7)
+        held = [windows(step).input_ids.to(swift.device) for step in range(batches)]
     found = fidelity(student_logits(swift), theirs, held)
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "evaluation.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -186,7 +201,9 @@ def benchmark(
     run: Run,
     model: Model,
     lengths: Annotated[str, Opt(help="prompt lengths")] = "256,512,1024",
-    num_key_value_layers: Annotated[int | None, Opt(help="l, for a model that is not converted; default L/2")] = None,
+    num_key_value_layers: Annotated[
+        int | None, Opt(help="l, of a model that is not converted yet; default L/2")
+    ] = None,
     kv_dtype: Annotated[
         str, Opt(help="of the swift model's cache: model, fp32, fp16, bf16, fp8, int8 or int4")
     ] = "model",
@@ -203,7 +220,13 @@ def benchmark(
         raise InputError(f"expected --lengths as numbers such as 256,512, got {lengths!r}")
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
-        swift = make(swift, num_key_value_layers or max(1, swift.config.num_hidden_layers // 2), 1)
+        half = max(1, swift.config.num_hidden_layers // 2)
+        swift = make(swift, half if num_key_value_layers is None else num_key_value_layers, 1)
+    elif num_key_value_layers is not None:
+        raise InputError(
+            f"expected no --num-key-value-layers of a swift model, which has its own "
+            f"{swift.config.num_key_value_layers}, got {num_key_value_layers}"
+        )
     found = measure(swift, points, kv_dtype=kv_dtype)
     run.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps([dataclasses.asdict(point) for point in found], indent=1)
@@ -232,19 +255,17 @@ def flops(
     kv_dtype: Annotated[str, Opt(help="fp32, fp16, bf16, fp8, int8 or int4")] = "bf16",
 ) -> dict:
     """FLOPs of a prefill and bytes of the cache, with and without SwiftKV, from the config alone."""
-    from transformers import AutoConfig
-
     from isotone.swiftkv import accounting
-    from isotone.swiftkv.loading import reading
+    from isotone.swiftkv.config import check_family
+    from isotone.swiftkv.loading import config_of
 
-    folder = model.parent if model.is_file() else model
-    if not (folder / "config.json").is_file():
-        raise InputError(f"expected a Hugging Face model folder with a config.json at {str(model)!r}, found none")
-    with reading(folder):
-        config = AutoConfig.from_pretrained(folder)
-    own = getattr(config, "num_key_value_layers", None)
-    kept = num_key_value_layers or own or max(1, config.num_hidden_layers // 2)
-    group = key_value_group_size or getattr(config, "key_value_group_size", None) or 1
+    config = config_of(model.parent if model.is_file() else model)
+    check_family(config)
+    kept, group = num_key_value_layers, key_value_group_size
+    if kept is None:
+        kept = getattr(config, "num_key_value_layers", None) or max(1, config.num_hidden_layers // 2)
+    if group is None:
+        group = getattr(config, "key_value_group_size", None) or 1
     whole, part = accounting.flops(config, n), accounting.flops(config, n, kept, group)
     before = accounting.kv_bytes(config, n, kv_dtype=kv_dtype)
     after = accounting.kv_bytes(config, n, kept, group, kv_dtype=kv_dtype)
@@ -287,7 +308,7 @@ def export(
 def suggest(
     run: Run,
     model: Model,
-    text: Text,
+    text: Annotated[Path, Opt(help="a text file")],
     batches: Annotated[int, Opt(help="batches of 4 windows")] = 10,
     context: Annotated[int, Opt(help="tokens a window")] = 128,
 ) -> dict:
@@ -295,9 +316,13 @@ def suggest(
     from isotone.swiftkv.choose import suggest_l
     from isotone.swiftkv.data import Windows
 
+    if batches < 1 or context < 2:
+        raise InputError(f"expected --batches of 1 and --context of 2 or more, got {batches} and {context}")
+    if text.suffix == ".jsonl":
+        raise InputError(f"expected a text file for suggest, got {text.name!r}: lines are for distill and evaluate")
     base = _load(model, run)
     windows = Windows(_tokens(text, model, base), context, 4, 7)
-    found = suggest_l(base, [windows(step).input_ids.to(base.device) for step in range(max(1, batches))])
+    found = suggest_l(base, [windows(step).input_ids.to(base.device) for step in range(batches)])
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "suggestion.json").write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
     drawing, axes = figure(
@@ -361,6 +386,10 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        from isotone.swiftkv.tokens import tokenizer_of
+
+        tokenizer_of(source).save_pretrained(target)
     for pattern in _TOKENIZER:
         for path in source.glob(pattern):
             shutil.copy(path, target / path.name)
@@ -439,29 +468,39 @@ def _batches(
 
 
 def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
-    from isotone.swiftkv.tokens import encode, tokenizer_of
+    from isotone.swiftkv.tokens import conversation, encode, tokenizer_of
 
     tokenizer = tokenizer_of(folder)
     end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    examples = []
+    examples: list[tuple[list[int], list[int]]] = []
     for number, line in enumerate(_read(text).splitlines(), 1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
+            if "messages" in item:
+                examples.append(conversation(item["messages"], tokenizer, model.config.vocab_size))
+                continue
             asked, answered = str(item["prompt"]), str(item["completion"])
+        except InputError as error:
+            raise InputError(f"{error}, on line {number} of {str(text)!r}") from None
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"expected prompt and completion on line {number} of {str(text)!r}") from None
+            raise InputError(
+                f"expected prompt and completion, or messages, on line {number} of {str(text)!r}"
+            ) from None
         words = encode(asked, folder, model.config.vocab_size).tolist()
         reply = encode(answered, folder, model.config.vocab_size, starts=False).tolist() + end
         examples.append((words + reply, [-100] * len(words) + reply))
     return examples
 
 
-def _scores(held_out: list[Any]) -> Any:
+def _scores(model: Any, held_out: list[Any], train: str) -> Any:
+    """What the trained model is scored with: against the teacher inside, or where that is trained, as it is now."""
+    from isotone.swiftkv.convert import teacher_of
     from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
 
-    return lambda model: fidelity(student_logits(model), teacher_logits(model), held_out)
+    theirs = teacher_logits(model) if train == "qkv" else student_logits(teacher_of(model))
+    return lambda trained: fidelity(student_logits(trained), theirs, held_out)
 
 
 def main() -> NoReturn:

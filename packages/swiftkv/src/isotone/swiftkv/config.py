@@ -12,6 +12,9 @@ from transformers import DeepseekV2Config, LlamaConfig, MistralConfig, Qwen2Conf
 
 from isotone.shared.errors import InputError
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2")
+_MOVING_ROPE = ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class SwiftKVConfig:
@@ -72,6 +75,22 @@ class SwiftKVConfig:
         if layer < self.num_key_value_layers:
             return layer
         return layer - (layer - self.num_key_value_layers) % self.key_value_group_size
+
+
+def check_family(config: Any) -> None:
+    """Raise `InputError` where a model of `config`, converted or not, is not one whose layers this package computes.
+
+    "dynamic" and "longrope" RoPE change with the length, so that cached keys would not fit later ones.
+    """
+    name = str(getattr(config, "model_type", None)).removesuffix("_swiftkv")
+    if name not in FAMILIES:
+        raise InputError(f"expected a model of type {', '.join(FAMILIES)}, got {name!r}")
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in _MOVING_ROPE:
+        raise InputError(
+            f"expected RoPE that is the same at every length, got rope_type {kind!r}: its rotations change with the "
+            "length, so that cached keys would not fit later ones"
+        )
 
 
 # The fields are those of the authors' checkpoints, but for two defaults: theirs is swiftkv=False, which silently runs

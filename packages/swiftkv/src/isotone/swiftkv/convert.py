@@ -14,32 +14,30 @@ import torch
 from torch import nn
 
 from isotone.shared.errors import InputError
-from isotone.swiftkv.config import SwiftKVConfig
+from isotone.swiftkv.config import FAMILIES, SwiftKVConfig, check_family
 from isotone.swiftkv.families import KEY_VALUE_MODULES, QUERY_MODULES, SWIFT, present
+from isotone.swiftkv.loading import check_finite
 from isotone.swiftkv.modeling import MODELS, drop_replaced
 
 TRAINABLE = ("qkv", "norms", "full")
-_NO_ROPE = {
-    "dynamic": "its rotations change with the length, so that cached keys would not fit later ones",
-    "longrope": "its rotations change with the length, so that cached keys would not fit later ones",
-}
 
 
 def convert(model: Any, num_key_value_layers: int, key_value_group_size: int = 1) -> Any:
     """The swift model of `model` (Llama, Mistral, Qwen2, Qwen3 or DeepSeek-V2), in eval mode, teacher included.
 
-    The weights are taken over, not copied: `model` shares them with the result, whose parameters are frozen but for the
-    new ones. The new projections are the result's alone: `model` stays as it was and may be converted again. Raises
-    `InputError` on l or g that do not fit, a family that is not supported, a model that is converted already or
-    quantised, biases that only some layers of a group have, RoPE that depends on the length, and weights that are not
-    finite.
+    The weights are taken over, not copied: `model` shares them with the result, and like the result is in eval mode and
+    frozen afterwards (but for the new weights, which only the result has). It computes what it computed, and may be
+    converted again. Settings are apart: attention implementation and generation config of one do not change the other.
+    Raises `InputError` on l or g that do not fit, a family that is not supported, a model that is converted already,
+    quantised, with adapters, or on several devices, biases that only some layers of a group have, RoPE that depends on
+    the length, and weights that are not finite.
     """
     base = model.config
     name = str(base.model_type)
     if name.endswith("_swiftkv"):
         raise InputError(f"expected a model that is not converted yet, got one of type {name!r}")
-    if name not in MODELS:
-        raise InputError(f"expected a model of type {', '.join(MODELS)}, got {name!r}")
+    if name not in FAMILIES:
+        raise InputError(f"expected a model of type {', '.join(FAMILIES)}, got {name!r}")
     if not hasattr(model, "lm_head"):
         raise InputError(f"expected a causal language model with lm_head, got {type(model).__name__}")
     split = SwiftKVConfig(base.num_hidden_layers, num_key_value_layers, key_value_group_size)
@@ -61,17 +59,16 @@ def convert(model: Any, num_key_value_layers: int, key_value_group_size: int = 1
     with torch.device("meta"):
         converted = kind(config)
     converted.model.embed_tokens = model.model.embed_tokens
-    converted.model.layers = nn.ModuleList(
-        _thin_layer(layer) if number in split.upper else layer for number, layer in enumerate(model.model.layers)
-    )
+    converted.model.layers = nn.ModuleList(_thin_layer(layer, config) for layer in model.model.layers)
     converted.model.norm = model.model.norm
     converted.model.rotary_emb = model.model.rotary_emb
     converted.lm_head = model.lm_head
-    converted.generation_config = model.generation_config
+    converted.generation_config = copy.deepcopy(model.generation_config)
     if len(split.upper):
         converted.model.attach()
         initialize(converted)
     freeze(converted, "qkv")
+    model.eval()
     return converted.eval()
 
 
@@ -142,37 +139,52 @@ def drop_teacher(model: Any) -> Any:
     return model
 
 
-def _thin_layer(layer: nn.Module) -> nn.Module:
-    """A layer and an attention of their own, so that projections may come and go, around the same parameters."""
+def teacher_of(model: Any) -> Any:
+    """A second model of the same weights, switched off: the teacher of `model` as it is now, also while `distill`
+    trains what the teacher shares (it trains copies of the layers then)."""
+    made = _thin(model)
+    made.config = copy.deepcopy(model.config)
+    made.model = _thin(model.model)
+    made.model.config = made.config
+    made.model.layers = nn.ModuleList(_thin_layer(layer, made.config) for layer in model.model.layers)
+    return made.swiftkv(False)
+
+
+def _thin_layer(layer: nn.Module, config: Any) -> nn.Module:
+    """A layer and an attention of their own, so that projections may come and go, around the same parameters; the
+    attention looks at `config`, that of the model which the layer is for."""
     made = _thin(layer)
     made.self_attn = _thin(layer.self_attn)  # type: ignore[arg-type]
+    made.self_attn.config = config
     return made
 
 
 def _thin(module: nn.Module) -> Any:
     made = copy.copy(module)
-    for name in ("_modules", "_parameters", "_buffers"):
-        made.__dict__[name] = dict(getattr(module, name))
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):  # parameters, buffers, modules and hooks
+            made.__dict__[name] = copy.copy(value)
     return made
 
 
 def _check(model: Any, split: SwiftKVConfig) -> None:
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind in _NO_ROPE:
-        raise InputError(f"expected RoPE that is the same at every length, got rope_type {kind!r}: {_NO_ROPE[kind]}")
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
+    check_family(model.config)
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(places) > 1:
+        raise InputError(f"expected a model on one device, got parts on {', '.join(places)}")
+    check_finite(model)
     layers = model.model.layers
     for number in split.upper:
         attention, owner = layers[number].self_attn, layers[split.owner(number)].self_attn
         for name in present(attention, QUERY_MODULES + KEY_VALUE_MODULES):
             module, first = getattr(attention, name), getattr(owner, name)
-            if isinstance(first, nn.Linear) != isinstance(module, nn.Linear) or type(module).__module__.startswith(
-                "bits"
+            if isinstance(first, nn.Linear) != isinstance(module, nn.Linear) or (
+                name.endswith(("_proj", "_with_mqa")) and type(module) is not nn.Linear
             ):
-                raise InputError(f"expected plain weights, got {type(module).__name__} in layer {number}: {name}")
+                raise InputError(
+                    f"expected plain linear weights (merge adapters, load unquantised), got {type(module).__name__} in "
+                    f"layer {number}: {name}"
+                )
             if (getattr(module, "bias", None) is None) != (getattr(first, "bias", None) is None):
                 raise InputError(
                     f"expected {name} of the layers of a group to have a bias or none, got both in layers "

@@ -26,6 +26,17 @@ class Batch:
     labels: Tensor | None = None
     position_ids: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        shape = tuple(self.input_ids.shape)
+        if len(shape) != 2:
+            raise InputError(f"expected token ids of shape (batch, n), got {shape}")
+        for name, part, shapes in (
+            ("labels", self.labels, (shape,)),
+            ("position_ids", self.position_ids, (shape, (1, shape[1]))),
+        ):
+            if part is not None and tuple(part.shape) not in shapes:
+                raise InputError(f"expected {name} of shape {shape}, as input_ids, got {tuple(part.shape)}")
+
     def to(self, device: str | torch.device) -> Batch:
         """The batch on `device`."""
         parts = (self.input_ids, self.labels, self.position_ids)

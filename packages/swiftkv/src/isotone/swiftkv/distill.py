@@ -30,6 +30,7 @@ from isotone.swiftkv.convert import TRAINABLE, drop_teacher, freeze
 from isotone.swiftkv.data import Batch, Batches, fingerprint
 from isotone.swiftkv.families import SWIFT
 from isotone.swiftkv.losses import IGNORED, tiled_cross_entropy, tiled_kl
+from isotone.swiftkv.prompts import check_batch
 
 LOSSES = ("kd", "lm")
 HALF = (torch.float16, torch.bfloat16)
@@ -71,9 +72,14 @@ class DistillConfig:
             raise InputError(f"expected train to be one of {', '.join(TRAINABLE)}, got {self.train!r}")
         if self.compute_dtype not in ("model", "bf16"):
             raise InputError(f"expected compute_dtype to be model or bf16, got {self.compute_dtype!r}")
-        for name in ("steps", "evaluate_every", "tile_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "evaluate_every", "tile_bytes", "hidden_loss_layer"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"expected {name} to be a whole number, got {value!r}")
+            if value < 1 and name != "hidden_loss_layer":
+                raise InputError(f"expected {name} to be at least 1, got {value}")
+        if self.warmup_ratio > 1:
+            raise InputError(f"expected warmup_ratio to be at most 1, got {self.warmup_ratio}")
         for name in ("lr", "temperature", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"expected a finite {name} above 0, got {getattr(self, name)}")
@@ -118,9 +124,10 @@ def distill(
     and, with `resume`, the newest whole one is continued, to the same result bit for bit on a CPU, where it is of the
     same settings, base weights and data. `data_id` names the data; by default it is the data's own (`Windows.data_id`),
     or of a plain function the fingerprint of its first batch. `evaluate` is called
-    with the model at the start, every `evaluate_every` steps and at the end. After train "norms" or "full" the teacher,
-    whose weights were trained, is dropped. Raises `InputError` where there is no teacher or nothing to train, on a loss
-    that is not finite, and on a checkpoint of another run.
+    with the model at the start, every `evaluate_every` steps and at the end. With train "norms" or "full" copies of the
+    upper layers are trained, so that a base which shares them stays what it is, and the model loses its teacher. Raises
+    `InputError` where there is no teacher or nothing to train, on a loss that is not finite, and on a checkpoint of
+    another run.
     """
     settings = dataclasses.replace(config or DistillConfig(), **options)
     split = SwiftKVConfig.of(model.config)
@@ -128,8 +135,16 @@ def distill(
         raise InputError("expected fewer key-value layers than layers: there is nothing to distil")
     if not model.config.teacher_weights:
         raise InputError("expected a model with its teacher's weights to distil, they were dropped")
-    # what is shared with the teacher and trained needs a teacher of its own, taken before any step
-    teacher = None if settings.train == "qkv" else copy.deepcopy(model.model.layers[split.num_key_value_layers :])
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise InputError(f"expected checkpoint_every to be a whole number of at least 1, got {checkpoint_every!r}")
+    _hidden_state(settings, split)
+    # what the teacher shares and is trained, is trained in copies: the layers as they are stay the teacher's
+    teacher = None
+    if settings.train != "qkv":
+        teacher = list(model.model.layers[split.num_key_value_layers :])
+        for number in split.upper:
+            shared = {id(model.config): model.config}
+            model.model.layers[number] = copy.deepcopy(model.model.layers[number], shared)
     parameters = freeze(model, settings.train)
     made_of = {} if folder is None else {"base": base_id(model), "data": data_id or _data_id(data)}
     with _in_single(parameters):
@@ -228,14 +243,18 @@ def _loss(
         settings.tile_bytes,
     )
     if settings.hidden_loss_mult > 0:
-        states = split.num_hidden_layers + 1
-        index = settings.hidden_loss_layer % states
-        if not -states <= settings.hidden_loss_layer < states:
-            raise InputError(f"expected hidden_loss_layer of {states} hidden states, got {settings.hidden_loss_layer}")
-        at = index - split.num_key_value_layers - 1
+        at = _hidden_state(settings, split) - split.num_key_value_layers - 1
         if at >= 0:  # up to h_l the states are shared, and nothing apart
             loss = loss + settings.hidden_loss_mult * F.mse_loss(ours[at].float(), theirs[at].float())
     return loss
+
+
+def _hidden_state(settings: DistillConfig, split: SwiftKVConfig) -> int:
+    """`hidden_loss_layer` as a number from 0 to L. Raises `InputError` where there is no such hidden state."""
+    states = split.num_hidden_layers + 1
+    if not -states <= settings.hidden_loss_layer < states:
+        raise InputError(f"expected hidden_loss_layer of {states} hidden states, got {settings.hidden_loss_layer}")
+    return settings.hidden_loss_layer % states
 
 
 def lower_half(model: Any, batch: Batch, layers: int | None = None) -> tuple[Tensor, list[Any], Any, Tensor]:
@@ -285,7 +304,9 @@ class _Distillation:
             start = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * settings.rate(step)
-            loss = step_loss(self.model, self.data(step).to(device), settings, self.teacher)
+            batch = self.data(step).to(device)
+            check_batch(batch.input_ids, self.model.config.vocab_size if device.type == "cpu" else None)
+            loss = step_loss(self.model, batch, settings, self.teacher)
             value = loss.item()
             if not math.isfinite(value):
                 raise InputError(f"expected a finite loss, got {value} at step {step} with lr {settings.lr}")

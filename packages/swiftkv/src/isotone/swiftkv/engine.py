@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import kernels
 from isotone.swiftkv.attention import Packed, Piece, attend
 from isotone.swiftkv.cache import SwiftKVCache
-from isotone.swiftkv.config import SwiftKVConfig
-from isotone.swiftkv.families import SWIFT, CacheSpec, Rope, keys_values, queries, rotate, take, window_of
+from isotone.swiftkv.config import SwiftKVConfig, check_family
+from isotone.swiftkv.families import SWIFT, CacheSpec, Rope, is_plain, keys_values, queries, rotate, take, window_of
 from isotone.swiftkv.prompts import (
     Prompt,
     check_cache,
@@ -38,8 +38,10 @@ from isotone.swiftkv.prompts import (
 def make_cache(model: Any, batch: int, max_length: int, kv_dtype: str = "model", **scales: Tensor) -> SwiftKVCache:
     """A cache for `batch` rows of up to `max_length` tokens, in the model's dtype and on its device.
 
-    Inside `model.teacher()` it has a slot for every layer, and what it is given to computes the base model.
+    Inside `model.teacher()` it has a slot for every layer, and what it is given to computes the base model. Raises
+    `InputError` on a family that is not supported and on no room.
     """
+    check_family(model.config)
     split = SwiftKVConfig.of(model.config)
     if not getattr(model.config, "swiftkv", True):
         split = SwiftKVConfig(split.num_hidden_layers, split.num_hidden_layers)
@@ -124,7 +126,8 @@ def extend(
 def decode(model: Any, tokens: Int[Tensor, " batch"], cache: SwiftKVCache) -> Float[Tensor, "batch vocab"]:
     """One more token for every row of the cache: all L layers, the upper ones' keys and values again from h_l."""
     check_cache(model, cache)
-    check_tokens(tokens, cache)
+    # on a GPU looking at the ids would wait for the last step; its embedding checks them
+    check_tokens(tokens, cache, model.config.vocab_size if tokens.device.type == "cpu" else None)
     positions = torch.tensor(cache.lengths, device=cache.device)
     limit = max(cache.lengths) + 1
     even = min(cache.lengths) + 1 == limit
@@ -289,7 +292,7 @@ class KeyValueProjection:
         self.linears = linears
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        if stacked and all(_is_plain(linear) for linear in linears):
+        if stacked and all(is_plain(linear) for linear in linears):
             self.weight = torch.cat([linear.weight.detach() for linear in linears])
             self.bias = torch.cat([x.bias.detach() for x in linears]) if linears[0].bias is not None else None
         if norms:
@@ -319,8 +322,3 @@ def _rms(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     numbers = states.float()
     numbers = numbers * torch.rsqrt(numbers.pow(2).mean(-1, keepdim=True) + eps)
     return weight * numbers.to(states.dtype)
-
-
-def _is_plain(linear: Any) -> bool:
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    return type(linear) is nn.Linear and not hooked

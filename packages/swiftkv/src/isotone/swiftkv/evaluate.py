@@ -37,8 +37,10 @@ def teacher_logits(model: Any) -> Logits:
 def cached_logits(model: Any, kv_dtype: str = "model") -> Logits:
     """Token ids to the logits of `model` attending to what a cache of `kv_dtype` keeps, rounded as it is kept."""
 
-    def logits(ids: Tensor) -> Tensor:
+    def logits(ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         batch, n = ids.shape
+        if position_ids is not None and not torch.equal(position_ids.cpu(), torch.arange(n).expand(batch, n)):
+            raise InputError("expected whole rows for a cache, got packed ones: its positions count from 0 to n - 1")
         cache = engine.make_cache(model, batch, n, kv_dtype)
         return engine.extend(model, list(ids), cache, keep=n).unflatten(0, (batch, n))
 

@@ -143,5 +143,12 @@ def release_output(attention: Any, output: Tensor, up: Any) -> Tensor:
     return torch.einsum("...hr,hvr->...hv", output, weight)
 
 
+def is_plain(module: Any) -> bool:
+    """Whether a projection is a linear layer and no more, so that its weight may be used in its place: no adapter
+    around it, no hook on it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not hooked
+
+
 def _up_weight(attention: Any, up: Any) -> Tensor:
     return up.weight.unflatten(0, (-1, attention.qk_nope_head_dim + attention.v_head_dim))

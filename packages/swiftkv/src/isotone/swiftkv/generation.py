@@ -72,9 +72,10 @@ def settings_of(
         raise InputError("expected kv_dtype or past_key_values, got both: a cache that is there has its own type")
     names = ("prefill_chunk", "kv_dtype", "decode_mode", "draft_length")
     own = {key: value for key in names if (value := rest.pop(key, None)) is not None}
-    if rest.pop("cache_implementation", None) not in (None, "dynamic", "static"):
-        raise InputError("expected no cache_implementation: keys and values are kept in a SwiftKVCache (kv_dtype)")
     whole = copy.deepcopy(generation_config or model.generation_config)
+    for asked in (rest.pop("cache_implementation", None), getattr(whole, "cache_implementation", None)):
+        if asked not in (None, "dynamic", "static"):
+            raise InputError("expected no cache_implementation: keys and values are kept in a SwiftKVCache (kv_dtype)")
     whole.update(**{key: value for key, value in rest.items() if hasattr(whole, key) and value is not None})
     mode = whole.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -82,7 +83,7 @@ def settings_of(
     for name in ("output_hidden_states", "output_attentions", "prompt_logprobs"):
         if getattr(whole, name, None) or rest.get(name):
             raise InputError(f"expected {name}=False: the prompt's tokens do not run the upper layers; use forward")
-    if rest.get("use_cache") is False:
+    if rest.get("use_cache", whole.use_cache) is False:
         raise InputError("expected use_cache=True: without a cache there is nothing to skip into; use forward")
     drafter: Drafter | None = None
     if assistant is not None:
@@ -136,19 +137,26 @@ def sample(
     room = max(map(len, prompts)) + generation_config.max_length - input_ids.shape[1] + extra
     if cache is None:
         cache = engine.make_cache(model, batch, room, settings.kv_dtype)
+    # every refusal comes before the prompt is written into a cache that may be the caller's
     if cache.batch != batch:
         raise InputError(f"expected past_key_values of {batch} rows, got {cache.batch}")
+    if settings.draft is not None and batch > 1:
+        raise InputError(f"expected one prompt with a drafter, got {batch}")
     fresh = [prompt[length:] for prompt, length in zip(prompts, cache.lengths, strict=True)]
     if min(map(len, fresh)) == 0:
         raise InputError("expected input_ids to go on after what past_key_values holds, got no new token")
+    for row, prompt in enumerate(fresh):
+        cache.room(row, len(prompt) + generation_config.max_length - input_ids.shape[1] - 1)
+    decoder = None if settings.draft is not None else Decoder(model, cache, settings.decode_mode)
     logits = engine.extend(model, fresh, cache, chunk=settings.prefill_chunk)
+    if not bool(logits.isfinite().all()):
+        raise InputError("expected finite logits after the prompt, got NaN or infinity: are the model's weights whole?")
     loop = _Loop(model, cache, logits_processor, stopping_criteria, generation_config, streamer)
     if settings.draft is not None:
-        if batch > 1:
-            raise InputError(f"expected one prompt with a drafter, got {batch}")
         sequences = loop.speculate(input_ids, logits, settings.draft, settings.draft_length)
     else:
-        sequences = loop.run(input_ids, logits, Decoder(model, cache, settings.decode_mode))
+        assert decoder is not None
+        sequences = loop.run(input_ids, logits, decoder)
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from isotone.shared.errors import InputError
 from isotone.swiftkv.modeling import MODELS
 
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 class SwiftKVForCausalLM:
     """`from_pretrained` for a swift model of any family, as `AutoModelForCausalLM` is for all models."""
 
     @staticmethod
     def from_pretrained(folder: str | Path, **kwargs: Any) -> Any:
-        """The swift model in `folder`, ours or the authors' checkpoint, in eval mode, its student switched on.
+        """The swift model in `folder` (or of that name on the hub), ours or the authors' checkpoint, in eval mode, its
+        student switched on.
 
         Raises `InputError` where there is no model, or not a swift one.
         """
-        kept = _config_of(folder)
+        kept = config_of(folder)
         kind = str(kept.model_type).removesuffix("_swiftkv")
         if kept.model_type not in {f"{name}_swiftkv" for name in MODELS}:
             raise InputError(
@@ -35,11 +39,24 @@ class SwiftKVForCausalLM:
         if missing := sorted(report["missing_keys"]):
             # transformers would give them random values and go on
             raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
+        check_finite(model)
         return model.eval()
 
 
-def _config_of(folder: str | Path) -> Any:
-    if not (Path(folder) / "config.json").is_file():
+def check_finite(model: Any) -> None:
+    """Raise `InputError` where a weight is NaN or infinite; attention may hide one that is (SDPA gives 0 for a query of
+    NaN), so that the outputs do not say it."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"expected finite weights, got NaN or infinity in {name}")
+
+
+def config_of(folder: str | Path) -> Any:
+    """The config of the model in `folder`, or of that name (owner/name) on the hub where there is no such folder.
+
+    Raises `InputError` where there is none.
+    """
+    if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not _HUB.fullmatch(str(folder))):
         raise InputError(f"expected a Hugging Face model folder with a config.json at {str(folder)!r}, found none")
     with reading(folder):
         return AutoConfig.from_pretrained(folder)
@@ -60,8 +77,11 @@ def reading(folder: str | Path) -> Iterator[None]:
 
 
 def load(folder: str | Path, **kwargs: Any) -> Any:
-    """Any causal language model in `folder`, swift or not, in eval mode. Raises `InputError` where there is none."""
-    kept = _config_of(folder)
+    """Any causal language model in `folder`, swift or not, in eval mode; or of that name (owner/name) on the hub.
+
+    Raises `InputError` where there is none.
+    """
+    kept = config_of(folder)
     if str(kept.model_type).endswith("_swiftkv"):
         return SwiftKVForCausalLM.from_pretrained(folder, **kwargs)
     with reading(folder):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.utils.generic import can_return_tuple
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv import config as configs
@@ -49,6 +51,9 @@ _NO_TEACHER = (
 )
 
 
+_SETTINGS: ContextVar[GenerationSettings | None] = ContextVar("swiftkv_generation_settings", default=None)
+
+
 class _SwiftKVModel:
     """What a family's base model gains: `norm_swiftkv`, the swift projections, and the student's forward."""
 
@@ -71,6 +76,7 @@ class _SwiftKVModel:
             if not self.config.teacher_weights:
                 drop_replaced(attention)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -104,6 +110,11 @@ class _SwiftKVModel:
             raise InputError("expected exactly one of input_ids and inputs_embeds")
         if isinstance(past_key_values, SwiftKVCache):
             raise InputError("expected a transformers cache in forward; a SwiftKVCache belongs to prefill and decode")
+        if any(getattr(layer, "is_sliding", False) for layer in getattr(past_key_values, "layers", ())):
+            # its layers are those of the base; ours are slots, shared by layers of both kinds
+            raise InputError("expected DynamicCache() without a config: a cache with sliding layers forgets keys here")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         model: Any = self
         embeds = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cached = self.config.use_cache if use_cache is None else use_cache
@@ -268,16 +279,15 @@ class _SwiftKVForCausalLM:
             rest["attention_mask"] = left_mask(
                 ids, rest.get("pad_token_id"), generation_config or self.generation_config
             )
-        self.__dict__["_generation_settings"] = settings
+        token = _SETTINGS.set(settings)  # of this call alone, whatever runs beside it
         try:
             return super().generate(inputs=inputs, generation_config=generation_config, **rest)  # type: ignore[misc]
         finally:
-            del self.__dict__["_generation_settings"]
+            _SETTINGS.reset(token)
 
     def _sample(self, input_ids: Tensor, **prepared: Any) -> Any:
         """What transformers' `generate` calls once it has prepared processors, criteria and lengths."""
-        settings = self.__dict__.get("_generation_settings") or GenerationSettings()
-        return sample(self, input_ids, settings, **prepared)
+        return sample(self, input_ids, _SETTINGS.get() or GenerationSettings(), **prepared)
 
     def save_pretrained(
         self,

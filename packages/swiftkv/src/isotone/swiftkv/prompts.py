@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isotone.shared.errors import InputError
 from isotone.swiftkv.cache import SwiftKVCache
-from isotone.swiftkv.config import SwiftKVConfig
+from isotone.swiftkv.config import SwiftKVConfig, check_family
 from isotone.swiftkv.families import CacheSpec
 
 Prompt = Int[Tensor, " _"]  # any length: the prompts of one call differ
@@ -35,6 +35,11 @@ def unpad(
     prompts = []
     for number, row in enumerate(input_ids):
         if attention_mask is not None:
+            if not bool(((attention_mask[number] == 0) | (attention_mask[number] == 1)).all()):
+                raise InputError(
+                    f"expected an attention_mask of 0 and 1, got {float(attention_mask[number].float().min()):g} to "
+                    f"{float(attention_mask[number].float().max()):g} in row {number}"
+                )
             kept = attention_mask[number].bool().nonzero().squeeze(-1)
             if len(kept) and int(kept[-1] - kept[0]) != len(kept) - 1:
                 raise InputError(
@@ -105,16 +110,24 @@ def check_chunk(chunk: Any) -> None:
         raise InputError(f"expected prefill_chunk to be a whole number of at least 1, got {chunk!r}")
 
 
-def check_tokens(tokens: Tensor, cache: SwiftKVCache) -> None:
-    """Raise `InputError` where `tokens` are not one for each row of `cache`, or a row has no room."""
+def check_tokens(tokens: Tensor, cache: SwiftKVCache, vocab_size: int | None = None) -> None:
+    """Raise `InputError` where `tokens` are not ids, one for each row of `cache`, or a row has no room."""
     if tuple(tokens.shape) != (cache.batch,):
         raise InputError(f"expected a token for each of the cache's {cache.batch} rows, got {tuple(tokens.shape)}")
+    check_ids(tokens, vocab_size)
     for row in range(cache.batch):
         cache.room(row, 1)
 
 
 def check_cache(model: Any, cache: SwiftKVCache) -> None:
-    """Raise `InputError` where `cache` is not of this model: another shape, or another split."""
+    """Raise `InputError` where `cache` is not of this model: another shape, split, type or device."""
+    check_family(model.config)
+    weight = model.lm_head.weight
+    if cache.dtype != weight.dtype or cache.device.type != weight.device.type:
+        raise InputError(
+            f"expected a cache for a model in {weight.dtype} on {weight.device.type}, got one for {cache.dtype} on "
+            f"{cache.device.type}; make_cache takes both from the model"
+        )
     own = SwiftKVConfig.of(model.config)
     base = len(cache.split.upper) == 0 and cache.split.num_hidden_layers == own.num_hidden_layers
     if cache.spec != CacheSpec.of(model.config) or (cache.split != own and not base):
