@@ -137,7 +137,8 @@ def test_an_assistant_changes_no_greedy_token(assistant):
 def test_a_drafted_token_leaves_the_distribution_as_it_was(drafted):
     """Of 8 tokens, whichever was drafted and however likely it is; chi-square of 7 degrees, false alarm 0.1 %."""
     scores = torch.tensor([[2.0, 0.5, 0.0, -0.5, -1.0, 1.0, 0.2, -2.0]])
-    loop = _Loop(None, None, None, [], SimpleNamespace(do_sample=True), None)
+    model = convert(make(), 2)
+    loop = _Loop(model, model.make_cache(1, 1), None, [], SimpleNamespace(do_sample=True), None)
     torch.manual_seed(0)
     draws = torch.stack([loop.accept(scores, drafted) for _ in range(4000)]).flatten()
     expected = 4000 * scores[0].softmax(-1)

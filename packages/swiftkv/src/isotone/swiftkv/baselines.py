@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.data import Batch, Batches
-from isotone.swiftkv.distill import DistillConfig, lower_half
+from isotone.swiftkv.distill import DistillConfig, autocast, lower_half
 from isotone.swiftkv.families import SWIFT, keys_values, rotate, window_of
 from isotone.swiftkv.losses import tiled_kl
 from isotone.swiftkv.modeling import attention_outputs
@@ -119,9 +119,11 @@ def train_baseline(arm: Any, data: Batches, settings: DistillConfig) -> list[flo
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.rate(step)
         batch = data(step).to(head.device)
-        with torch.no_grad(), model.teacher():
-            target = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        loss = tiled_kl(arm.final(batch).flatten(0, 1), target.flatten(0, 1), head, settings.temperature)
+        with torch.no_grad(), model.teacher(), autocast(model, settings.compute_dtype):
+            target = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state.to(head.dtype)
+        with autocast(model, settings.compute_dtype):
+            final = arm.final(batch).to(head.dtype)
+        loss = tiled_kl(final.flatten(0, 1), target.flatten(0, 1), head, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)

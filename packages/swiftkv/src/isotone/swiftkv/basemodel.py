@@ -80,13 +80,15 @@ def train_base(
     *,
     cosine: bool = True,
     until: float | None = None,
+    compute_dtype: str = "model",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> int:
     """Train every weight by cross-entropy in place; returns the steps taken.
 
     AdamW (0.9, 0.99), decay 0.1, clip 1, 50 steps of warm-up; then `cosine` to 5 % of `lr`, or constant.
     `batches(step)`: ids and labels (b, n), -100 where nothing is asked. `until`: stop where the loss, averaged over
-    some ten steps, is below it. Raises `InputError` on a loss that is not finite.
+    some ten steps, is below it. `compute_dtype` "bf16": the forward passes in autocast. Raises `InputError` on a loss
+    that is not finite.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
@@ -98,7 +100,8 @@ def train_base(
         for group in optimizer.param_groups:
             group["lr"] = lr * rise * fall
         ids, labels = batches(step)
-        loss = model(input_ids=ids.to(device), labels=labels.to(device), use_cache=False).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype == "bf16"):
+            loss = model(input_ids=ids.to(device), labels=labels.to(device), use_cache=False).loss
         value = loss.item()
         if not math.isfinite(value):
             raise InputError(f"expected a finite loss, got {value} at step {step} with lr {lr}")
@@ -125,6 +128,7 @@ def train_recall(
     recalling: int = 250,
     lr: float = 3e-3,
     seed: int = 0,
+    compute_dtype: str = "model",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> int:
     """Teach `model` key-value recall in place; returns the steps taken.
@@ -149,5 +153,6 @@ def train_recall(
         generator = torch.Generator().manual_seed(1_000_003 * seed + copying + step)
         return recall_task(batch, pairs, generator, queries)
 
-    taken = train_base(model, runs, copying, lr, cosine=False, until=1.0, on_step=on_step)
-    return taken + train_base(model, task, recalling, lr, on_step=on_step)
+    options: dict[str, Any] = dict(compute_dtype=compute_dtype, on_step=on_step)
+    taken = train_base(model, runs, copying, lr, cosine=False, until=1.0, **options)
+    return taken + train_base(model, task, recalling, lr, **options)

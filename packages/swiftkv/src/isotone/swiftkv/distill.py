@@ -182,7 +182,7 @@ def step_loss(model: Any, batch: Batch, settings: DistillConfig, teacher: Any = 
     """The loss of one batch, with its graph. `teacher`: upper layers to use instead of the model's own."""
     split = SwiftKVConfig.of(model.config)
     inner = model.model
-    with _autocast(model, settings.compute_dtype):
+    with autocast(model, settings.compute_dtype):
         with torch.no_grad():
             lower, masks, rope, positions = lower_half(model, batch)
             theirs: list[Tensor] = []
@@ -202,7 +202,8 @@ def step_loss(model: Any, batch: Batch, settings: DistillConfig, teacher: Any = 
         return _loss(model, ours, theirs, batch, settings, split)
 
 
-def _autocast(model: Any, compute_dtype: str = "model") -> Any:
+def autocast(model: Any, compute_dtype: str = "model") -> Any:
+    """bf16 autocast where `compute_dtype` is "bf16" or the model is in half precision, else nothing."""
     weight = model.model.embed_tokens.weight
     if compute_dtype == "bf16" or weight.dtype in HALF:
         return torch.autocast(weight.device.type, torch.bfloat16)
@@ -325,7 +326,7 @@ class _Distillation:
     def score(self, step: int) -> None:
         if self.evaluate is not None:
             self.history.evaluated.append(step)
-            with _autocast(self.model):
+            with autocast(self.model):
                 self.history.scores.append(self.evaluate(self.model))
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

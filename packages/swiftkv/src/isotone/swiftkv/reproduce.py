@@ -11,33 +11,39 @@ paper's tables (recall keeps 95 %: GSM8K keeps 79.45 of 82.56), else 0: the orde
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save
 from torch import Tensor
-from transformers import AutoConfig
 
 from isotone.shared import data, device, progress
+from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.swiftkv import findings, profiling
-from isotone.swiftkv.accounting import flops, kv_bytes
+from isotone.swiftkv.accounting import flops
 from isotone.swiftkv.baselines import CopiedKeyValues, EarlyExit, train_baseline
 from isotone.swiftkv.basemodel import random_llama, shape_config, train_base, train_recall
+from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.convert import convert
 from isotone.swiftkv.data import RECALL_VOCAB, Batch, Bytes, Windows, recall_task
 from isotone.swiftkv.distill import DistillConfig, distill
 from isotone.swiftkv.engine import make_cache
 from isotone.swiftkv.evaluate import cached_logits, fidelity, recall_accuracy, student_logits, teacher_logits
-from isotone.swiftkv.loading import load
+from isotone.swiftkv.loading import config_of, load
 from isotone.swiftkv.tokens import encode
 
 SHAKESPEARE = "text/tinyshakespeare.txt"
@@ -58,10 +64,11 @@ class Scale:
     base_steps: int = 500
     base_lr: float = 2e-3
     steps: int = 200
+    recipe_steps: int = 150
     recall_steps: int = 150
     narrow_steps: int = 250
     lr: float = 1e-3
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     narrow: int = 20_000
     text: int = 1_115_394
     validation: int = 8
@@ -78,6 +85,8 @@ class Scale:
     output: int = 0
     memory: int = 0
     arms: tuple[tuple[int, int], ...] = ARMS
+    checkpoint_every: int = 0
+    """Steps between checkpoints inside an arm; 0: an arm that was killed begins anew, in seconds."""
     workers: int = 2
 
 
@@ -87,6 +96,7 @@ _SMOKE = dict(
     batch=4,
     base_steps=6,
     steps=2,
+    recipe_steps=1,
     recall_steps=2,
     narrow_steps=2,
     narrow=2000,
@@ -118,8 +128,12 @@ SCALES = {
         narrow=200_000,
         text=30_000_000,
         copying=4000,
+        rates=(3e-3, 1e-2, 3e-2, 1e-1),
+        arms=(*ARMS, (4, 8)),
+        checkpoint_every=100,
         speed_shape="llama-3.1-8b",
-        lengths=(2048, 8192, 32768, 131072),
+        lengths=(2048, 8192, 32768),
+        rounds=6,
         speed_dtype="bfloat16",
         flops_n=8192,
         compute_dtype="bf16",
@@ -133,7 +147,9 @@ SCALES = {
         context=8192,
         batch=8,
         steps=20_000,
+        recipe_steps=10_000,
         narrow_steps=2000,
+        checkpoint_every=200,
         lr=2e-4,
         text=1 << 40,
         speed_shape="llama-3.1-8b",
@@ -177,7 +193,8 @@ def reproduce(
     seeds = run.seeds or setting.seeds
     # seeds and workers are how arms are dealt out, no part of what one is
     identity = {k: v for k, v in asdict(setting).items() if k not in ("seeds", "workers")}
-    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 4}
+    config = {"setting": identity, "data": source["sha256"], "device": where, "version": 5}
+    _check_arms(setting)
     log = ArmLog(run.out, config, run.resume)
     jobs = [(kind, seed) for seed in seeds for kind in ("text", "recall")]
     arguments = [(kind, setting, corpus, seed, where, str(run.out), config) for kind, seed in jobs]
@@ -212,6 +229,16 @@ def reproduce(
     )
 
 
+def _check_arms(setting: Scale) -> None:
+    """Raise `InputError` where an arm's l or g does not fit the models, before any is trained."""
+    shapes = [shape_config(setting.recall_shape), shape_config(setting.speed_shape)]
+    shapes.append(config_of(setting.model) if setting.model else shape_config(setting.shape))
+    for config in shapes:
+        layers = config.num_hidden_layers
+        for eighths, group in (*setting.arms, (4, 1), (4, 4)):
+            SwiftKVConfig(layers, max(1, layers * eighths // 8), group)
+
+
 def _corpus(setting: Scale, path: Path | None) -> tuple[bytes, dict[str, str]]:
     if path is not None:
         text, name = path.read_bytes(), path.name
@@ -233,14 +260,18 @@ def _job(arguments: tuple[str, Scale, bytes, int, str, str, dict[str, Any]]) -> 
     log = ArmLog(out, config, resume=True)
     holder: dict[str, Any] = {}
     make = _text_base if kind == "text" else _recall_base
+    folder = Path(out) / "parts" / f"{kind}-{seed}"
 
     def base() -> Any:
-        # trained once a seed, only when an arm is missing that needs it; the same seed gives the same weights
+        # trained once a seed, only when an arm is missing that needs it
         if "base" not in holder:
-            holder["base"] = make(setting, corpus, seed, where)
+            holder["base"] = make(setting, corpus, seed, where, _kept_base(folder / "base.safetensors", config))
         return copy.deepcopy(holder["base"])
 
-    arms = _text_arms(setting, corpus, seed, where) if kind == "text" else _recall_arms(setting, seed, where)
+    kept = folder if setting.checkpoint_every else None
+    arms = (
+        _text_arms(setting, corpus, seed, where, kept) if kind == "text" else _recall_arms(setting, seed, where, kept)
+    )
     return {name: log.arm(f"{kind}-{name}-{seed}", partial(_with, arm, base)) for name, arm in arms.items()}
 
 
@@ -249,7 +280,27 @@ def _with(arm: Any, base: Any) -> dict[str, Any]:
     return made
 
 
-def _text_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
+def _kept_base(path: Path, config: dict[str, Any]) -> Callable[[Any, Callable[[], object]], Any]:
+    """A function of a new model and of what trains it: the weights in `path` where they are of this `config`, else
+    trained and kept there."""
+    said = {"config": json.dumps(config, sort_keys=True)}
+
+    def trained(model: Any, train: Callable[[], object]) -> Any:
+        with suppress(OSError, SafetensorError):  # none there, or a torn one
+            with safe_open(path, "pt") as file:
+                same = file.metadata() == said
+            if same:
+                load_model(model, path)
+                return model.eval()
+        train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, save({k: v.contiguous() for k, v in model.state_dict().items()}, said))
+        return model
+
+    return trained
+
+
+def _text_base(setting: Scale, corpus: bytes, seed: int, where: str, trained: Any) -> Any:
     if setting.model:
         loaded: Any = load(setting.model, dtype=getattr(torch, setting.speed_dtype)).to(where)
         return loaded
@@ -257,25 +308,26 @@ def _text_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
     train = vocabulary.encode(corpus)[: len(corpus) * 9 // 10]
     model = random_llama(setting.shape, seed=seed, device=where, vocab_size=len(vocabulary))
     windows = Windows(train, setting.context, setting.batch, seed)
-    train_base(model, lambda step: (windows(step).input_ids,) * 2, setting.base_steps, setting.base_lr)
-    return model
+    options = dict(compute_dtype=setting.compute_dtype)
+    batches = lambda step: (windows(step).input_ids,) * 2  # noqa: E731
+    return trained(model, lambda: train_base(model, batches, setting.base_steps, setting.base_lr, **options))
 
 
 def _ids(setting: Scale, corpus: bytes) -> Tensor:
     if not setting.model:
         return Bytes(corpus).encode(corpus)
     folder = Path(setting.model)
-    ids = encode(corpus.decode(errors="replace"), folder, AutoConfig.from_pretrained(folder).vocab_size)
+    ids = encode(corpus.decode(errors="replace"), folder, config_of(folder).vocab_size)
     if len(ids) < 20 * setting.context:
         raise InputError(f"expected a text of at least {20 * setting.context} tokens, got {len(ids)}")
     return ids
 
 
-def _recall_base(setting: Scale, corpus: bytes, seed: int, where: str) -> Any:
+def _recall_base(setting: Scale, corpus: bytes, seed: int, where: str, trained: Any) -> Any:
     # narrow weights at first hold induction up: 0.08 instead of 0.02
     model = random_llama(setting.recall_shape, seed=seed, device=where, vocab_size=RECALL_VOCAB, initializer_range=0.08)
-    train_recall(model, batch=setting.batch, copying=setting.copying, recalling=setting.recalling, seed=seed)
-    return model
+    options = dict(batch=setting.batch, copying=setting.copying, recalling=setting.recalling, seed=seed)
+    return trained(model, lambda: train_recall(model, compute_dtype=setting.compute_dtype, **options))
 
 
 def _kept(model: Any, eighths: int) -> int:
@@ -286,7 +338,12 @@ def _settings(setting: Scale, steps: int, **options: Any) -> DistillConfig:
     return DistillConfig(steps=steps, lr=setting.lr, compute_dtype=setting.compute_dtype, **options)
 
 
-def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str, Any]:
+def _parts(setting: Scale, folder: Path | None, name: str) -> dict[str, Any]:
+    """Where a distillation inside an arm keeps its checkpoints, if it does."""
+    return {} if folder is None else {"folder": folder / name, "checkpoint_every": setting.checkpoint_every}
+
+
+def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str, folder: Path | None) -> dict[str, Any]:
     ids = _ids(setting, corpus)
     cut = len(ids) * 9 // 10
     held_out = Windows(ids[cut:], setting.context, setting.batch, 7)
@@ -294,16 +351,17 @@ def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str
     whole = Windows(ids[:cut], setting.context, setting.batch, seed + 100)
     narrow = Windows(ids[: setting.narrow], setting.context, setting.batch, seed + 100)
 
-    def swift(eighths: int, group: int, windows: Windows, steps: int, **options: Any) -> Any:
+    def swift(name: str, eighths: int, group: int, windows: Windows, steps: int, **options: Any) -> Any:
         def arm(base: Any) -> dict[str, Any]:
             teacher = copy.deepcopy(base)
             model = convert(base, _kept(base, eighths), group)
             theirs = student_logits(teacher)
             before = fidelity(student_logits(model), theirs, batches)
-            history = distill(model, windows, _settings(setting, steps, **options))
+            settings = _settings(setting, steps, **options)
+            history = distill(model, windows, settings, **_parts(setting, folder, name))
             after = fidelity(student_logits(model), theirs, batches)
             made = {"before": before, "after": after, "losses": history.losses, "seconds": history.seconds}
-            if windows is whole and eighths == 4 and group in (1, 4):
+            if name in ("l4-g1", "l4-g4"):
                 made["kept in"] = {
                     kind: fidelity(cached_logits(model, kind), theirs, batches) for kind in findings.CACHES
                 }
@@ -317,22 +375,25 @@ def _text_arms(setting: Scale, corpus: bytes, seed: int, where: str) -> dict[str
             before = fidelity(kind(model), teacher_logits(model), batches)
             # the alternatives have their rate chosen, on the very text they are scored on; SwiftKV has one rate
             tried = {}
+            made = {"weights": sum(p.numel() for p in kind(model).parameters())}
             for rate in setting.rates:
                 baseline = kind(model)
                 train_baseline(baseline, whole, replace(_settings(setting, setting.steps), lr=rate))
                 tried[f"{rate:g}"] = fidelity(baseline, teacher_logits(model), batches)
-            return {"before": before, "after": min(tried.values(), key=lambda score: score["kl"]), "tried": tried}
+            return {**made, "before": before, "after": min(tried.values(), key=lambda s: s["kl"]), "tried": tried}
 
         return arm
 
-    arms = {f"l{e}-g{g}": swift(e, g, whole, setting.steps) for e, g in setting.arms}
+    arms = {(name := f"l{e}-g{g}"): swift(name, e, g, whole, setting.steps) for e, g in setting.arms}
+    arms["recipe"] = swift("recipe", 4, 1, whole, setting.recipe_steps)
     for train in ("qkv", "full"):
         for loss in ("kd", "lm"):
-            arms[f"narrow-{train}-{loss}"] = swift(4, 1, narrow, setting.narrow_steps, train=train, loss=loss)
+            name = f"narrow-{train}-{loss}"
+            arms[name] = swift(name, 4, 1, narrow, setting.narrow_steps, train=train, loss=loss)
     return arms | {"dropped": other(EarlyExit), "copied": other(CopiedKeyValues)}
 
 
-def _recall_arms(setting: Scale, seed: int, where: str) -> dict[str, Any]:
+def _recall_arms(setting: Scale, seed: int, where: str, folder: Path | None) -> dict[str, Any]:
     def batches(step: int) -> Batch:
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 100) + step)
         # all tokens are distilled on: with 12 queries, 12 answers a sequence are among them
@@ -349,7 +410,8 @@ def _recall_arms(setting: Scale, seed: int, where: str) -> dict[str, Any]:
         def arm(base: Any) -> dict[str, Any]:
             model = convert(base, _kept(base, eighths), group)
             before = accuracies(student_logits(model))
-            distill(model, batches, _settings(setting, setting.recall_steps))
+            parts = _parts(setting, folder, f"l{eighths}-g{group}")
+            distill(model, batches, _settings(setting, setting.recall_steps), **parts)
             made: dict[str, Any] = {"before": before, "after": accuracies(student_logits(model))}
             if eighths == 4 and group in (1, 4):
                 made["kept in"] = {kind: accuracies(cached_logits(model, kind)) for kind in findings.CACHES}
@@ -371,7 +433,15 @@ def _engine(setting: Scale, where: str) -> dict[str, Any]:
     ids = profiling.random_ids(base, 1, n)
     full = profiling.counted_flops(lambda: profiling.prefill_once(base, ids))
     base_bytes = make_cache(base, 2, n).bytes
-    shared = make_cache(convert(base, layers // 2, 4), 2, n).bytes
+    shared: dict[str, dict[str, float]] = {}
+    for eighths, group in setting.arms:
+        split = SwiftKVConfig(layers, _kept(base, eighths), group)
+        allocated = make_cache(convert(base, split.num_key_value_layers, group), 2, n).bytes
+        kept = split.num_key_value_layers
+        shared[f"l{eighths}-g{group}"] = {
+            "measured": 100 * allocated / base_bytes,
+            "formula": 100 * (kept + (layers - kept) / group) / layers,
+        }
     swift = convert(base, layers // 2, 1)
     counted = profiling.counted_flops(lambda: profiling.prefill_once(swift, ids))
     # torch counts a causal attention as the whole square; so does the closed form here
@@ -379,8 +449,7 @@ def _engine(setting: Scale, where: str) -> dict[str, Any]:
     curve = profiling.prefill_curve(curve_base, swift, setting.lengths, rounds=setting.rounds, device=where)
     bound = [flops(base.config, n).total / flops(base.config, n, layers // 2).total for n in setting.lengths]
     result: dict[str, Any] = {
-        "bytes": 100 * shared / base_bytes,
-        "closed_bytes": 100 * kv_bytes(base.config, n, layers // 2, 4) / kv_bytes(base.config, n),
+        "bytes": shared,
         "off": 100 * abs(counted / closed - 1),
         "saved": 100 * (1 - counted / full),
         "curve": curve,
