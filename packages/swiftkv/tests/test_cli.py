@@ -250,7 +250,9 @@ def test_the_gpu_scale_at_a_tiny_size(tmp_path):
         reproduce.SCALES["gpu"], **tiny, shape="tiny", compute_dtype="bf16", prompt=24, output=8, memory=2_000_000
     )
     # the tiny shape has 8 layers, of which 4 are not shared by 8
-    setting = dataclasses.replace(setting, speed_dtype="float32", arms=reproduce.ARMS, checkpoint_every=1)
+    setting = dataclasses.replace(
+        setting, speed_dtype="float32", recall_shape="tiny", arms=reproduce.ARMS, checkpoint_every=1
+    )
     run = Run(out=tmp_path, device="cpu", quiet=True)
     report = reproduce.reproduce("gpu", run, setting=setting)
     found = {item.claim.id: item for item in report.measurements}

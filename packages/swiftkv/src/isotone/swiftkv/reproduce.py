@@ -308,7 +308,7 @@ def _text_base(setting: Scale, corpus: bytes, seed: int, where: str, trained: An
     train = vocabulary.encode(corpus)[: len(corpus) * 9 // 10]
     model = random_llama(setting.shape, seed=seed, device=where, vocab_size=len(vocabulary))
     windows = Windows(train, setting.context, setting.batch, seed)
-    options = dict(compute_dtype=setting.compute_dtype)
+    options: dict[str, Any] = dict(compute_dtype=setting.compute_dtype)
     batches = lambda step: (windows(step).input_ids,) * 2  # noqa: E731
     return trained(model, lambda: train_base(model, batches, setting.base_steps, setting.base_lr, **options))
 
@@ -326,7 +326,7 @@ def _ids(setting: Scale, corpus: bytes) -> Tensor:
 def _recall_base(setting: Scale, corpus: bytes, seed: int, where: str, trained: Any) -> Any:
     # narrow weights at first hold induction up: 0.08 instead of 0.02
     model = random_llama(setting.recall_shape, seed=seed, device=where, vocab_size=RECALL_VOCAB, initializer_range=0.08)
-    options = dict(batch=setting.batch, copying=setting.copying, recalling=setting.recalling, seed=seed)
+    options: dict[str, Any] = dict(batch=setting.batch, copying=setting.copying, recalling=setting.recalling, seed=seed)
     return trained(model, lambda: train_recall(model, compute_dtype=setting.compute_dtype, **options))
 
 
