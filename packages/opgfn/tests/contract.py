@@ -19,6 +19,12 @@ BAD = [
     ([*GRID, "--score", "score.py:missing"], "missing"),
     ([*GRID, "--score", "score.py:nan"], "nan for object 0"),
     ([*GRID, "--score", "score.py:few"], "objects, got 1"),
+    ([*GRID, "--score", "score.py:boom"], "ZeroDivisionError"),
+    ([*GRID, "--score", "broken.py:score"], "SyntaxError"),
+    ([*GRID, "--score", "score.py:few", "--objectives", "branin"], "both"),
+    (["train", "--env", "dna", "--length", "0", *SMALL], "got 0"),
+    (["evaluate", "latin.smi"], "UTF-8"),
+    (["evaluate", "latin.csv"], "UTF-8"),
     ([*FRAGMENTS, "--vocabulary", "missing.txt"], "missing.txt"),
     ([*FRAGMENTS, "--vocabulary", "stems.txt"], "got 9"),
     ([*FRAGMENTS, "--max-fragments", "0"], "got 0"),
@@ -42,7 +48,11 @@ def files(folder: Path) -> None:
     """The input files that JOB and BAD use."""
     (folder / "score.py").write_text(
         "def nan(xs):\n    return [float('nan')] * len(xs)\n\n\ndef few(xs):\n    return [1.0]\n"
+        "\n\ndef boom(xs):\n    return 1 / 0\n"
     )
+    (folder / "broken.py").write_text("def score(:\n")
+    for name in ("latin.smi", "latin.csv"):
+        (folder / name).write_bytes("CCO caf\xe9\n".encode("latin-1"))
     (folder / "stems.txt").write_text("CCO 0,1\nC 9\n")
     (folder / "empty.smi").write_text("\n")
     (folder / "wrong.smi").write_text("CCO first\nnot-a-molecule second\n")

@@ -75,10 +75,41 @@ def test_every_kind_of_loss_is_saved_and_loaded(loss: str, tmp_path: Path) -> No
 
 
 def test_a_score_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def ring(smiles):\n    return [[t.count('1'), -len(t)] for t in smiles]\n")
+    (tmp_path / "mine.py").write_text(
+        "def ring(smiles):\n    return [[t.count('1'), -len(t)] for t in smiles]\n\n\nring.names = ('rings', 'short')\n"
+    )
     found = run([*MOLECULES, "--score", "mine.py:ring", "--out", "run"], tmp_path)
     rows = list(csv.DictReader((tmp_path / "run" / "candidates.csv").open()))
-    assert found["objects drawn"] == len(rows) and all(float(row["sa"]) == -len(row["object"]) for row in rows)
+    assert found["objects drawn"] == len(rows) and all(float(row["short"]) == -len(row["object"]) for row in rows)
+    assert any(key.startswith("hypervolume above 0, -") for key in found), "objectives below 0 have another reference"
+    refused = run_cli(app, ["export", "run/model", "--out", "x"], tmp_path)
+    assert refused.code == 2 and "--score" in refused.stderr
+    run(["export", "run/model", "--n", "30", "--score", "mine.py:ring", "--out", "x"], tmp_path)
+    exported = list(csv.DictReader((tmp_path / "x" / "candidates.csv").open()))
+    assert list(exported[0]) == ["object", "rank", "rings", "short", "log_reward"]
+    assert all(float(row["short"]) == -len(row["object"]) for row in exported)
+
+
+def test_diverse_samples(molecules: Path) -> None:
+    plain = run(["sample", "run/model", "--n", "40", "--unique", "--out", "d"], molecules)
+    found = run(["sample", "run/model", "--n", "40", "--unique", "--diverse", "0.4", "--out", "d"], molecules)
+    rows = [row["object"] for row in csv.DictReader((molecules / "d" / "samples.csv").open())]
+    assert 0 < len(rows) == found["written"] <= plain["written"]
+    from isotone.opgfn.metrics import diverse_top_k
+
+    assert len(diverse_top_k(rows, [0.0] * len(rows), len(rows), threshold=0.4)) == len(rows)
+
+
+def test_what_is_no_molecule_has_no_molecule_file(tmp_path: Path) -> None:
+    run(["train", "--env", "moo-grid", "--side", "6", *TINY, "--out", "run"], tmp_path)
+    for argv in (
+        ["sample", "run/model", "--to", "a.smi"],
+        ["export", "run/model", "--formats", "sdf"],
+        ["sample", "run/model", "--diverse", "0.5"],
+    ):
+        result = run_cli(app, [*argv, "--out", "x"], tmp_path)
+        assert result.code == 2 and "moo-grid" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "a.smi").exists()
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:

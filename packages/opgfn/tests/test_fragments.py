@@ -13,6 +13,8 @@ from isotone.opgfn.chem import vocabulary
 from isotone.opgfn.chem.decode import assemble, smiles_of
 from isotone.opgfn.chem.vocabulary import Vocabulary
 from isotone.opgfn.envs import FragmentEnv
+from isotone.opgfn.exact import StateGraph, reward_distribution
+from isotone.opgfn.memo import Memo
 from isotone.opgfn.rollout import sample_backward, sample_forward
 from isotone.shared.errors import InputError
 
@@ -231,3 +233,51 @@ def test_vocabularies_refuse() -> None:
         assemble(TINY, [0, 1], [(0, 4, 1, 0)])
     with pytest.raises(ValueError, match="got 0"):
         FragmentEnv(max_fragments=0)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("learned", [False, True])
+def test_exact_flows_of_trees_end_in_their_rewards(size: int, learned: bool) -> None:
+    """Classes of isomorphic trees are states; the forward policy of their flows ends in R / Z, for any P_B."""
+    env = FragmentEnv(TINY, size)
+    graph = StateGraph(env)
+    assert len(graph) == len(enumerate_classes(env))
+    generator = torch.Generator().manual_seed(0)
+    log_reward = torch.randn(len(graph), dtype=torch.float64, generator=generator)
+    back = torch.randn(graph.backward_mask.shape, dtype=torch.float64, generator=generator) if learned else None
+    flow, edges = graph.exact_flows(log_reward, back)
+    wanted = reward_distribution(graph, log_reward)
+    found = graph.terminal_distribution(torch.where(graph.forward_mask, edges, 0.0))
+    assert 0.5 * (found - wanted).abs().sum() < 1e-12 and graph.terminal.sum() > 10
+    assert flow[0].item() == pytest.approx(torch.logsumexp(log_reward[graph.terminal], 0).item())
+    # what the tables say of an edge: the parent's action leads here, the undoing one leads back
+    row, action = (graph.child >= 0).nonzero().T
+    reached = env.step(graph.states[row], action)[0]
+    assert (graph.index(reached) == graph.child[row, action]).all()
+    child, undo = graph.child[row, action], graph.undo[row, action]
+    assert (graph.parent[child, undo] == row).all()
+    child, undo = graph.backward_mask.nonzero().T
+    assert (graph.child[graph.parent[child, undo], graph.redo[child, undo]] == child).all()
+    parents = env.backward_step(graph.states[child], undo)[0]
+    assert (graph.index(parents) == graph.parent[child, undo]).all()
+
+
+def test_molecules_that_several_trees_spell_are_asked_once() -> None:
+    env = FragmentEnv(TINY, 2)
+    states = rollouts(env, 300).terminals()
+    rows = torch.unique(states, dim=0)
+    asked: list[str] = []
+
+    def objective(smiles: list[str]) -> list[float]:
+        asked.extend(smiles)
+        return [float(len(text)) for text in smiles]
+
+    memo = Memo(env, objective)
+    u, valid = memo(states)
+    distinct = {text for text in env.decode(states) if text is not None}
+    assert len(asked) == len(set(asked)) == len(distinct) < int(env.valid(rows).sum())
+    assert memo.evaluations == len(distinct) + int((~env.valid(rows)).sum())
+    assert u[:, 0].tolist() == [float(len(text or "")) for text in env.decode(states)]
+    again = Memo(env, objective)
+    again.restore(*memo.state())
+    assert torch.equal(again(states)[0], u) and again.evaluations == memo.evaluations and len(asked) == len(distinct)

@@ -339,3 +339,88 @@ def test_default_policies_have_the_heads_that_the_loss_needs() -> None:
         MLPPolicy(env, (0,))
     with pytest.raises(ValueError, match="condition of 3"):
         MLPPolicy(env, (8,), condition_dim=3)(env.reset(1))
+
+
+def test_another_objective_is_asked_anew() -> None:
+    env = MOOGrid(("branin", "currin"), side=6)
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=16), replay=ReplayConfig("uniform", warmup=8))
+    gfn.fit(steps=3)
+    first = gfn.memo
+    gfn.fit(steps=6)
+    assert gfn.memo is first, "the same objective goes on"
+
+    def one(states: torch.Tensor) -> torch.Tensor:
+        return -states.double().sum(1)
+
+    gfn.fit(one, steps=9)
+    states, u, _ = gfn.memo.seen()
+    assert gfn.memo is not first and u.shape[1] == 1 and np.array_equal(u[:, 0], -states.sum(1).astype(float))
+    assert gfn.buffer.u.shape[1] == 1 and gfn.buffer.archive.u.max() <= 0
+    gfn.fit(steps=10)
+    assert gfn.memo.objective is one, "none given: the one before"
+
+
+def test_an_order_after_values_is_what_is_trained_on() -> None:
+    env = HyperGrid(2, 5)
+    asked = []
+
+    def better(states: torch.Tensor) -> np.ndarray:
+        asked.append(len(states))
+        return np.zeros((len(states), len(states)), bool)
+
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=8)).fit(steps=2)
+    gfn.fit(order_fn=better, steps=4)
+    assert asked == [8, 8] and gfn.memo is None
+    gfn.fit(steps=5)
+    assert gfn.memo is not None and gfn.buffer.u.shape[1] == 1
+    for replay in (PRT, ReplayConfig("uniform", augment=1), ReplayConfig("uniform", pareto_fraction=0.5)):
+        with pytest.raises(ValueError, match="without values"):
+            GFlowNet(env, replay=replay).fit(order_fn=better, steps=1)
+    with pytest.raises(ValueError, match="booleans"):
+        GFlowNet(env, config=TrainConfig(batch_size=8)).fit(order_fn=lambda s: np.full((8, 8), np.nan), steps=1)
+
+
+def test_measured_values_are_observed() -> None:
+    env = StringEnv("ab", 3)
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=8), replay=ReplayConfig("offline"), table=False)
+    states = gfn.sample(40, seed=0).states
+    values = [[float(text.count("a")), 1.0] for text in env.objects(states)]
+    u = gfn.observe(states, values=values)
+    assert u.tolist() == values and gfn.memo.evaluations == len(torch.unique(states, dim=0))
+    gfn.fit(steps=2)
+    for bad, words in (([1.0], "for 40 objects"), ([[float("nan")] * 2] * 40, "nan"), ([["x"] * 2] * 40, "numbers")):
+        with pytest.raises(ValueError, match=words):
+            gfn.observe(states, values=bad)
+    with pytest.raises(ValueError, match="got both"):
+        gfn.observe(states, lambda xs: xs, values=values)
+
+
+def test_candidates_ask_for_nothing_unless_they_may() -> None:
+    env = MOOGrid(("branin", "currin"), side=12)
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=8)).fit(steps=2)
+    before = gfn.memo.evaluations
+    found = gfn.candidates(100, evaluate=False)
+    assert gfn.memo.evaluations == before
+    known = [gfn.memo.has(key) for key in env.identities(found.states)]
+    assert any(known) and not all(known) and known == sorted(known, reverse=True), "what is known comes first"
+    gfn.candidates(100)
+    assert gfn.memo.evaluations > before
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 1.5}, {"steps": -1}, {"steps": 2, "checkpoint_every": 0}, {"steps": True}]
+)
+def test_fit_refuses_numbers_that_count_nothing(options: dict) -> None:
+    with pytest.raises((ValueError, TypeError), match="whole number|steps|checkpoint"):
+        GFlowNet(HyperGrid(2, 4), config=TrainConfig(batch_size=8)).fit(**options)
+
+
+def test_forward_looking_losses_have_no_archive() -> None:
+    with pytest.raises(ValueError, match="buffer"):
+        TrainConfig(objective="op-fl-db", label="buffer")
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch_size", 8.5), ("log_z", float("nan")), ("beta_low", 2.0)])
+def test_config_refuses_more(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainConfig(**{field: value})

@@ -204,3 +204,25 @@ def test_a_full_archive_keeps_ends_and_spread() -> None:
     single = ParetoArchive(5)
     single.add(np.arange(20.0)[:, None], np.arange(20)[:, None])
     assert sorted(single.payload[:, 0]) == [15, 16, 17, 18, 19]
+
+
+def test_the_diverse_best_are_unlike_each_other() -> None:
+    from rdkit import Chem, DataStructs
+    from rdkit.Chem import rdFingerprintGenerator
+
+    smiles = ["C" * n + end for n in range(2, 9) for end in ("O", "N", "c1ccccc1")]
+    values = np.random.default_rng(0).random(len(smiles))
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
+    prints = [generator.GetFingerprint(Chem.MolFromSmiles(text)) for text in smiles]
+    chosen = metrics.diverse_top_k(smiles, values, 6, threshold=0.5)
+    expected: list[int] = []
+    for i in sorted(range(len(smiles)), key=lambda i: -values[i]):
+        alike = [DataStructs.TanimotoSimilarity(prints[i], prints[j]) for j in expected]
+        if len(expected) < 6 and all(value <= 0.5 for value in alike):
+            expected.append(i)
+    assert chosen == expected and len(chosen) < len(smiles)
+    everything = metrics.diverse_top_k(smiles, values, 5, threshold=1.0)
+    assert everything == np.argsort(-values)[:5].tolist()
+    for arguments in ((["C"], np.ones(2)), (["C"], np.ones(1), 0), (["C"], np.array([np.nan])), (["x"], np.ones(1))):
+        with pytest.raises(ValueError):
+            metrics.diverse_top_k(*arguments)

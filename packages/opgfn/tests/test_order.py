@@ -336,3 +336,9 @@ def test_losses_refuse_what_they_cannot_use() -> None:
         losses.subtb_loss(s, LOG_R, 1.5)
     with pytest.raises(ValueError, match="same states"):
         losses.fm_loss(LOG_R, LOG_R[:2], LOG_R, LOG_R)
+
+
+def test_log_rewards_of_nan_are_refused() -> None:
+    log_r = torch.tensor([0.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="nan for object 1"):
+        order_preserving_loss(log_r, torch.arange(3.0))

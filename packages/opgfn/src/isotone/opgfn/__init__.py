@@ -23,7 +23,7 @@ from isotone.opgfn.envs import (
     StringEnv,
 )
 from isotone.opgfn.exact import StateGraph
-from isotone.opgfn.gflownet import GFlowNet, Samples
+from isotone.opgfn.gflownet import GFlowNet
 from isotone.opgfn.losses import (
     FLSubTB,
     TrajectoryScores,

@@ -27,6 +27,9 @@ def check_log_rewards(log_r: Tensor, objects: int) -> None:
     """Raise `ValueError` unless `log_r` is a vector of `objects` >= 2 predicted log-rewards."""
     if log_r.ndim != 1 or log_r.shape[0] != objects:
         raise ValueError(f"expected one log-reward for each of {objects} objects, got shape {tuple(log_r.shape)}")
+    if not bool(torch.isfinite(log_r.detach()).all()):
+        row = int((~torch.isfinite(log_r.detach())).nonzero()[0])
+        raise ValueError(f"expected finite log-rewards, got {float(log_r[row])} for object {row}")
     if objects < 2:
         raise ValueError(f"expected a batch of at least 2 objects to compare, got {objects}")
 

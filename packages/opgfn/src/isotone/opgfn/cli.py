@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +20,9 @@ from isotone.opgfn import bench as benchmark
 from isotone.opgfn import metrics, plots, tasks
 from isotone.opgfn import reproduce as reproduction
 from isotone.opgfn.chem.objectives import Objectives
+from isotone.opgfn.conditional import conditioner_of
 from isotone.opgfn.config import TrainConfig
+from isotone.opgfn.envs import FragmentEnv
 from isotone.opgfn.gflownet import GFlowNet
 from isotone.opgfn.pareto import nd_rank, non_dominated_mask
 from isotone.opgfn.replay import ReplayConfig
@@ -71,6 +75,8 @@ def train(
     if len(seeds) > 1:
         raise InputError(f"expected one seed for one training, got --seeds {','.join(map(str, seeds))}")
     scorer = load_function(score) if score else None
+    if scorer is not None and objectives:
+        raise InputError(f"expected --score or --objectives, got both: {score!r} says what is maximised")
     spec = tasks.TaskSpec(
         env, tuple(objectives or ()), side=side, dim=dim, length=length, max_fragments=max_fragments,
         vocabulary=vocabulary, channels=channels, layers=layers,
@@ -83,7 +89,9 @@ def train(
         config = dataclasses.replace(task.config, **changes)
         replay_config = task.replay if replay is None else ReplayConfig(replay)
         gfn = build(task, config, replay_config, where)
-        with progress.bar(f"{env} {loss}", steps, run.silent) as bar:
+        with progress.bar(f"{env} {loss}", steps, run.silent) as bar, warnings.catch_warnings():
+            if run.silent:
+                warnings.simplefilter("ignore")
             gfn.fit(
                 scorer or task.objective,
                 steps,
@@ -92,7 +100,7 @@ def train(
                 checkpoint_every=checkpoint_every,
                 resume=run.resume,
             )
-        gfn.save(run.out / "model", {"task": dataclasses.asdict(spec)})
+        gfn.save(run.out / "model", {"task": dataclasses.asdict(spec), "score": score})
         found = gfn.candidates(candidates)
         assert gfn.memo is not None
         u, valid = gfn.memo(found.states)
@@ -103,12 +111,12 @@ def train(
             task.objective.close()
     keep = valid.cpu().numpy()
     values = u.cpu().numpy()[keep]
-    names = task.names if len(task.names) == u.shape[1] else tuple(f"objective {k}" for k in range(u.shape[1]))
+    names = column_names(scorer, task, u.shape[1])
     texts = [text for text, ok in zip(labels(found.objects), keep, strict=True) if ok]
     rows = table(texts, values, names, found.log_reward.cpu().numpy()[keep])
     write_table(run.out / "candidates.csv", rows)
     (run.out / "history.json").write_text(json.dumps(gfn.history), encoding="utf-8")
-    draw_training(run.out, gfn, spec, texts, values, names)
+    draw_training(run.out, gfn, spec if scorer is None else None, texts, values, names)
     result = {
         "steps": gfn.step,
         "objects evaluated": gfn.memo.evaluations,
@@ -118,7 +126,9 @@ def train(
         "candidates": str(run.out / "candidates.csv"),
     }
     if len(values) and 1 < u.shape[1] <= 4:
-        result["hypervolume"] = round(metrics.hypervolume(values), 4)
+        low = np.minimum(0.0, values.min(0))
+        said = "hypervolume" if not low.any() else f"hypervolume above {', '.join(f'{value:.4g}' for value in low)}"
+        result[said] = round(metrics.hypervolume(values, low), 4)
     return result
 
 
@@ -129,17 +139,30 @@ def sample(
     n: Annotated[int, Opt("--n", help="objects to draw")] = 1000,
     temperature: Annotated[float, Opt(help="of the logits: below 1, closer to the best")] = 1.0,
     unique: Annotated[bool, Opt("--unique/--all", help="each object once")] = False,
+    diverse: Annotated[
+        float | None, Opt(help="of molecules, leave out those more alike than this (Tanimoto) to a better one")
+    ] = None,
     to: Annotated[Path | None, Opt(help="a .smi, .csv, .jsonl or .sdf file; default: samples.csv in --out")] = None,
 ) -> dict:
     """Draw objects from a trained sampler."""
     if n < 1 or not temperature > 0:
         raise InputError(f"expected --n of at least 1 and a --temperature above 0, got {n} and {temperature}")
-    gfn, _ = load_model(model, device.resolve(run.device))
+    gfn, spec = load_model(model, device.resolve(run.device))
+    if to is not None and to.suffix in (".smi", ".sdf") and spec.env != "fragments":
+        raise InputError(f"expected --to a .csv or .jsonl file for {spec.env}, which are no molecules, got {str(to)!r}")
     drawn = gfn.sample(n, temperature=temperature, seed=(run.seeds or (0,))[0])
     texts, rewards = labels(drawn.objects), drawn.log_reward.cpu().numpy()
     keep = [i for i, text in enumerate(texts) if text]
     if unique:
         keep = list({texts[i]: i for i in reversed(keep)}.values())[::-1]
+    if diverse is not None:
+        if spec.env != "fragments":
+            raise InputError(f"expected --diverse for molecules, got {spec.env}")
+        try:
+            best = metrics.diverse_top_k([texts[i] for i in keep], rewards[keep], len(keep) or 1, threshold=diverse)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        keep = [keep[i] for i in best]
     rows = [{"object": texts[i], "log_reward": f"{rewards[i]:.6g}"} for i in keep]
     path = to or run.out / "samples.csv"
     write_table(path, rows)
@@ -173,6 +196,12 @@ def evaluate(
         "PC-ent": round(metrics.pc_entropy(u, faces), 4),
         "diversity of the front": round(metrics.tanimoto_diversity(best), 4),
     }
+    distinct = list(dict.fromkeys(smiles))
+    scores = {text: value for text, value in zip(smiles, u.mean(1), strict=True)}
+    chosen = metrics.diverse_top_k(distinct, np.array([scores[text] for text in distinct]), 100)
+    result["diverse top-100 (Tanimoto at most 0.7): mean of the objectives' mean"] = round(
+        metrics.top_k_mean(np.array([scores[distinct[i]] for i in chosen])), 4
+    )
     if len(names) <= 4:
         result["hypervolume"] = round(metrics.hypervolume(u), 4)
     for name, column in zip(names, u.T, strict=True):
@@ -186,6 +215,7 @@ def export(
     model: Annotated[Path, typer.Argument(help="the folder `model` of a training")],
     n: Annotated[int, Opt("--n", help="objects to draw")] = 1000,
     formats: Annotated[str, Opt(help="csv, jsonl, smi and sdf, with commas between")] = "csv,jsonl",
+    score: Annotated[str | None, Opt(help="FILE.py:FUNCTION, for a model that was trained on one")] = None,
     workers: Annotated[int, Opt(help="processes for the objectives of molecules")] = 0,
     seh_weights: Annotated[Path | None, Opt(help="the sEH proxy's safetensors file")] = None,
 ) -> dict:
@@ -197,16 +227,27 @@ def export(
     if n < 1:
         raise InputError(f"expected --n of at least 1, got {n}")
     gfn, spec = load_model(model, device.resolve(run.device))
+    trained_on = json.loads((model / "config.json").read_text(encoding="utf-8"))["meta"].get("score")
+    if trained_on and not score:
+        raise InputError(f"expected --score FILE.py:FUNCTION: this model was trained on {trained_on!r}")
+    if set(chosen) & {"smi", "sdf"} and spec.env != "fragments":
+        raise InputError(f"expected --formats of csv and jsonl for {spec.env}, which are no molecules, got {formats!r}")
     task = tasks.make_task(spec, workers=workers, seh_weights=seh_weights)
-    gfn.observe(gfn.sample(2, seed=0).states, task.objective)
-    found = gfn.candidates(n, seed=(run.seeds or (0,))[0])
-    assert gfn.memo is not None
-    u, valid = gfn.memo(found.states)
-    if isinstance(task.objective, Objectives):
-        task.objective.close()
+    scorer = load_function(score) if score else None
+    try:
+        gfn.observe(gfn.sample(2, seed=0).states, scorer or task.objective)
+        found = gfn.candidates(n, seed=(run.seeds or (0,))[0])
+        assert gfn.memo is not None
+        u, valid = gfn.memo(found.states)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error)) from None
+    finally:
+        if isinstance(task.objective, Objectives):
+            task.objective.close()
     keep = valid.cpu().numpy()
     texts = [text for text, ok in zip(labels(found.objects), keep, strict=True) if ok]
-    rows = table(texts, u.cpu().numpy()[keep], task.names, found.log_reward.cpu().numpy()[keep])
+    names = column_names(scorer, task, u.shape[1])
+    rows = table(texts, u.cpu().numpy()[keep], names, found.log_reward.cpu().numpy()[keep])
     written = []
     for part in chosen:
         path = run.out / f"candidates.{part}"
@@ -239,11 +280,23 @@ def bench(run: Run, small: Annotated[bool, Opt("--small", help="tiny sizes: does
 def build(task: tasks.Task, config: TrainConfig, replay: ReplayConfig, where: str) -> GFlowNet:
     """The GFlowNet of a task, its policy drawn from the seed."""
     count = len(task.names)
-    probe = {"pc": 16 * (count + (config.beta_low is not None)), "gc": 16 * count}.get(config.kind, 0)
+    probe = condition_width(config, count)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         policy = task.policy(config, probe)
     return GFlowNet(task.env, policy, config=config, replay=replay, objectives=count, device=where)
+
+
+def condition_width(config: TrainConfig, objectives: int) -> int:
+    """Numbers in the condition of the conditional baselines' networks; 0 for the others."""
+    found = conditioner_of(config.kind, objectives, config.beta, config.beta_low)
+    return found.dim if found else 0
+
+
+def column_names(scorer: Callable | None, task: tasks.Task, objectives: int) -> tuple[str, ...]:
+    """The objectives' names: a function's own `names` where it has as many, the task's, or their numbers."""
+    names = task.names if scorer is None else tuple(map(str, getattr(scorer, "names", ())))
+    return names if len(names) == objectives else tuple(f"objective {k}" for k in range(objectives))
 
 
 def load_model(folder: Path, where: str) -> tuple[GFlowNet, tasks.TaskSpec]:
@@ -265,7 +318,7 @@ def load_model(folder: Path, where: str) -> tuple[GFlowNet, tasks.TaskSpec]:
     )
     task = tasks.make_task(shell)
     count = len(spec.objectives) or len(task.names)
-    probe = {"pc": 16 * (count + (config.beta_low is not None)), "gc": 16 * count}.get(config.kind, 0)
+    probe = condition_width(config, count)
     gfn = GFlowNet.load(folder, task.env, task.policy(config, probe), device=where, objectives=count)
     return gfn, spec
 
@@ -280,10 +333,26 @@ def load_function(name: str) -> Callable[[Any], Any]:
     if spec is None or spec.loader is None:
         raise InputError(f"expected --score of a Python file, got {name!r}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"expected --score of a file that runs, {str(path)!r} raised {_said(error)}") from None
+    found = getattr(module, function, None)
+    if not callable(found):
         raise InputError(f"expected a function {function!r} in {str(path)!r}, found none")
-    return getattr(module, function)
+
+    @functools.wraps(found)
+    def called(objects: Any) -> Any:
+        try:
+            return found(objects)
+        except Exception as error:
+            raise InputError(f"expected {name!r} to score {len(objects)} objects, it raised {_said(error)}") from None
+
+    return called
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def labels(objects: Any) -> list[str]:
@@ -345,28 +414,30 @@ def read_smiles(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"expected a file of SMILES at {str(path)!r}, found none")
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            column = next((name for name in ("smiles", "SMILES", "object") if name in (reader.fieldnames or ())), None)
-            if column is None:
-                raise InputError(f"expected a column smiles or object in {str(path)!r}, got {reader.fieldnames}")
-            found = [row[column] for row in reader]
+        reader = csv.DictReader(tasks.read_text(path).splitlines())
+        column = next((name for name in ("smiles", "SMILES", "object") if name in (reader.fieldnames or ())), None)
+        if column is None:
+            raise InputError(f"expected a column smiles or object in {str(path)!r}, got {reader.fieldnames}")
+        found = [row[column] for row in reader if row[column]]
     else:
-        found = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split()]
+        found = [line.split()[0] for line in tasks.read_text(path).splitlines() if line.split()]
     if not found:
         raise InputError(f"expected SMILES in {str(path)!r}, found none")
     return found
 
 
 def draw_training(
-    out: Path, gfn: GFlowNet, spec: tasks.TaskSpec, texts: list[str], u: np.ndarray, names: tuple[str, ...]
+    out: Path, gfn: GFlowNet, spec: tasks.TaskSpec | None, texts: list[str], u: np.ndarray, names: tuple[str, ...]
 ) -> None:
-    """loss.png, and where they mean something front.png, mass.png and molecules.png."""
+    """loss.png, and where they mean something front.png, mass.png and molecules.png.
+
+    `spec`: None where another objective than the task's own was maximised, whose true front is not known.
+    """
     drawing, axes = figure("Training loss", "step", gfn.config.objective)
     axes.plot(range(1, len(gfn.history) + 1), gfn.history)
     drawing.savefig(out / "loss.png", dpi=120)
     reference = None
-    if gfn.graph is not None and hasattr(gfn.env, "objective") and spec.env in ("moo-grid", "hypergrid"):
+    if gfn.graph is not None and spec is not None and spec.env in ("moo-grid", "hypergrid"):
         every = gfn.env.objective(gfn.graph.states)
         mask = non_dominated_mask(every)
         reference = every[mask].numpy()
@@ -376,7 +447,7 @@ def draw_training(
             picture.savefig(out / "mass.png", dpi=120)
     if u.shape[1] > 1 and len(u):
         plots.front_figure({"drawn": u}, reference, names, "What was drawn").savefig(out / "front.png", dpi=120)
-    if spec.env == "fragments" and texts:
+    if isinstance(gfn.env, FragmentEnv) and texts:
         captions = [", ".join(f"{n} {v:.2f}" for n, v in zip(names, row, strict=True)) for row in u]
         plots.molecules_figure(texts, captions, "Best candidates").savefig(out / "molecules.png", dpi=120)
 

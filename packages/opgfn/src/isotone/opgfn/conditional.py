@@ -79,6 +79,11 @@ class Goal:
     hindsight: float = 0.3
     bins: int = 16
 
+    def __post_init__(self) -> None:
+        if self.objectives < 1 or not self.beta > 0 or not 0 < self.focus < 1 or self.bins < 1:
+            got = (self.objectives, self.beta, self.focus, self.bins)
+            raise ValueError(f"expected at least 1 objective, beta above 0, focus in (0, 1) and 1 bin, got {got}")
+
     @property
     def dim(self) -> int:
         """Numbers in an encoded condition."""
@@ -106,6 +111,15 @@ class Goal:
         length = u.norm(dim=1, keepdim=True)
         reached = torch.where(length > 0, u / length.clamp(min=_TINY), raw)
         return torch.where(chosen[:, None].to(raw.device), reached, raw)
+
+
+def conditioner_of(
+    kind: str, objectives: int, beta: float, beta_low: float | None = None, floor: float = 1e-8
+) -> Preference | Goal | None:
+    """What conditions an objective of `kind`: a `Preference` for "pc", a `Goal` for "gc", nothing for the others."""
+    if kind == "pc":
+        return Preference(objectives, beta, beta_low, floor=floor)
+    return Goal(objectives, beta) if kind == "gc" else None
 
 
 class LogZ(nn.Module):

@@ -67,9 +67,22 @@ class TrainConfig:
         parse_objective(self.objective)
         if self.label is not None and self.label not in LABELS:
             raise ValueError(f"expected a label of {', '.join(LABELS)}, got {self.label!r}")
-        for name, least in (("batch_size", 2), ("updates", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+        if self.label == "buffer" and self.family.startswith("fl-"):
+            raise ValueError(
+                f"expected another label than buffer for {self.objective}: differences of objectives have no archive"
+            )
+        whole: tuple[tuple[str, int], ...] = (("batch_size", 2), ("updates", 1), ("seed", 0))
+        for name, least in (*whole, ("lr_half_life", 1)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        for name in ("log_z", "invalid_log_reward"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"expected a finite {name}, got {getattr(self, name)}")
+        if self.beta_low is not None and not 0 < self.beta_low <= self.beta:
+            raise ValueError(f"expected beta_low above 0 and at most beta, {self.beta}, got {self.beta_low}")
         for name in ("lr", "lr_log_z", "beta", "floor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -86,8 +99,6 @@ class TrainConfig:
             raise ValueError(f"expected lam in (0, 1], got {self.lam}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"expected clip_norm above 0, got {self.clip_norm}")
-        if self.lr_half_life is not None and self.lr_half_life < 1:
-            raise ValueError(f"expected lr_half_life of at least 1, got {self.lr_half_life}")
 
     @property
     def kind(self) -> str:

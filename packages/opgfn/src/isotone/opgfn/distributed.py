@@ -52,6 +52,17 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts).to(rows.dtype)
 
 
+def mean_count(count: Tensor) -> Tensor:
+    """The mean over ranks of a number of terms, at least 1: a sum divided by it, averaged over ranks, is divided by
+    all terms."""
+    if not active():
+        return count.clamp(min=1)
+    whole = count.double().clone()
+    dist.all_reduce(whole)
+    whole = whole.clamp(min=1)
+    return whole / dist.get_world_size()
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """The mean over ranks of every gradient, in one message."""
     if not active():

@@ -38,8 +38,7 @@ def within(memo: Memo, states: Int[Tensor, "n width"], budget: int) -> Int[Tenso
     left = budget - memo.evaluations
     seen: set[bytes] = set()
     kept = []
-    for i, row in enumerate(states.cpu().numpy()):
-        key = row.tobytes()
+    for i, key in enumerate(memo.env.identities(states)):
         if not memo.has(key) and key not in seen:
             if len(seen) >= left:
                 continue

@@ -22,6 +22,10 @@ class StateGraph:
     `states` (S, width), the source first; `levels`: the first number of each level, and S. `child` (S, actions):
     the child's number, -1 where illegal or stop; `parent`, `redo` (S, backward): the parent's number and the forward
     action that comes back. Raises `ValueError` past `limit` states.
+
+    Rows that mean the same (isomorphic trees) are one state, which one of them stands for. Several of its actions may
+    then lead to one child, and several backward actions to one parent: exact distributions and flows are those of the
+    classes, for policies that treat isomorphic rows alike.
     """
 
     def __init__(self, env: Environment, limit: int = DEFAULT_LIMIT) -> None:
@@ -64,6 +68,42 @@ class StateGraph:
         self.undo = undo_table
         keys, self._by_key = torch.sort(env.keys(self.states))
         self._keys = keys
+        self.merged = type(env).keys is not Environment.keys
+        if self.merged:
+            self._by_classes()
+
+    def _by_classes(self) -> None:
+        """`parent`, `redo` and `undo` between the rows that stand for their classes, and how many actions share an
+        edge: what a step says of its own row holds of another row of the class only up to the order of nodes."""
+        row, back = self.backward_mask.nonzero().T
+        parents, _ = self.env.backward_step(self.states[row], back)
+        above = self.index(parents)
+        source, action = (self.child >= 0).nonzero().T
+        ahead = source * len(self) + self.child[source, action]
+        behind = above * len(self) + row
+        edges, forward, self._ways = torch.unique(ahead, return_inverse=True, return_counts=True)
+        backward = torch.searchsorted(edges, behind).clamp(max=len(edges) - 1)
+        if not torch.equal(edges[backward], behind) or len(torch.unique(backward)) != len(edges):
+            raise ValueError("expected every edge of the states in both directions, got one in one")
+        first = torch.full((len(edges),), self.env.num_actions).scatter_reduce(0, forward, action, "amin")
+        last = torch.full((len(edges),), self.env.num_backward_actions).scatter_reduce(0, backward, back, "amin")
+        self.parent[row, back], self.redo[row, back] = above, first[backward]
+        self.undo[source, action] = last[forward]
+        self._forward_edge = torch.full_like(self.child, -1)
+        self._forward_edge[source, action] = forward
+        self._backward_edge = row, back, backward
+
+    def _log_back(self, log_pb: Float[Tensor, "S backward"]) -> Float[Tensor, "S actions"]:
+        """log P_B of each forward action's edge: where several actions share one, each has its share."""
+        on = self.child >= 0
+        found = torch.full(self.child.shape, -torch.inf, dtype=torch.float64)
+        if not self.merged:
+            found[on] = log_pb[self.child[on], self.undo[on]]
+            return found
+        row, back, edge = self._backward_edge
+        total = torch.zeros(len(self._ways), dtype=torch.float64).index_add(0, edge, log_pb[row, back].exp())
+        found[on] = (total / self._ways).log()[self._forward_edge[on]]
+        return found
 
     def __len__(self) -> int:
         return len(self.states)
@@ -111,11 +151,12 @@ class StateGraph:
         log_flow = torch.full((len(self),), -torch.inf, dtype=torch.float64)
         edges = torch.full(self.child.shape, -torch.inf, dtype=torch.float64)
         ends = torch.where(self.terminal, log_reward.double(), -torch.inf)
+        log_back = self._log_back(log_pb)
         for first, last in reversed(list(zip(self.levels, self.levels[1:], strict=False))):
-            child, undo = self.child[first:last], self.undo[first:last]
+            child = self.child[first:last]
             on = child >= 0
             block = edges[first:last]
-            block[on] = log_flow[child[on]] + log_pb[child[on], undo[on]]
+            block[on] = log_flow[child[on]] + log_back[first:last][on]
             block[:, self.env.stop] = ends[first:last]
             log_flow[first:last] = torch.logsumexp(block, 1)
         return log_flow, edges

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from isotone.opgfn.distributed import mean_count
 from isotone.opgfn.order import order_preserving_loss, random_pairs
 
 __all__ = [
@@ -109,14 +110,14 @@ def db_loss(scores: TrajectoryScores, log_reward: Float[Tensor, " B"]) -> Float[
     """Mean squared detailed-balance residual over all edges, the terminal ones against the reward."""
     residual, edges = _edge_residuals(scores)
     terminal = _terminal_flow(scores) - log_reward
-    return (residual.square().sum() + terminal.square().sum()) / (edges.sum() + len(terminal))
+    return (residual.square().sum() + terminal.square().sum()) / mean_count(edges.sum() + len(terminal))
 
 
 def op_db_loss(scores: TrajectoryScores, order: Order, lambda_op: float = 0.1) -> Float[Tensor, ""]:
     """Mean squared residual of the edges between states + lambda_OP L_OP of the terminal flow."""
     residual, edges = _edge_residuals(scores)
     terminal = _terminal_flow(scores)
-    balance = residual.square().sum() / edges.sum().clamp(min=1)
+    balance = residual.square().sum() / mean_count(edges.sum())
     return balance + lambda_op * order(terminal, torch.arange(len(terminal), device=terminal.device))
 
 
@@ -140,7 +141,7 @@ def fm_loss(
     `log_in`, `log_out`: logsumexp of the log edge flows into and out of each interior state.
     """
     residual, end = _flow_residuals(log_in, log_out), terminal - log_reward
-    return (residual.square().sum() + end.square().sum()) / (len(residual) + len(end))
+    return (residual.square().sum() + end.square().sum()) / mean_count(residual.new_tensor(len(residual) + len(end)))
 
 
 def op_fm_loss(
@@ -152,7 +153,7 @@ def op_fm_loss(
 ) -> Float[Tensor, ""]:
     """Mean squared residual of interior states + lambda_OP L_OP of the log terminal edge flows."""
     residual = _flow_residuals(log_in, log_out)
-    balance = residual.square().sum() / max(1, len(residual))
+    balance = residual.square().sum() / mean_count(residual.new_tensor(len(residual)))
     return balance + lambda_op * order(terminal, torch.arange(len(terminal), device=terminal.device))
 
 
@@ -292,8 +293,6 @@ def backward_kl(log_pb: Float[Tensor, "states actions"], legal: Bool[Tensor, "st
     """E_s KL(uniform over the parents of s || P_B(. | s)); log P_B is clamped at -50, where it is illegal unused."""
     count = legal.sum(1)
     interior = count > 0
-    if not bool(interior.any()):
-        return log_pb.new_zeros(())
     log_pb, legal, count = log_pb[interior], legal[interior], count[interior]
     cross = -torch.where(legal, log_pb.clamp(min=-50.0), 0.0).sum(1) / count
-    return (cross - count.to(log_pb.dtype).log()).mean()
+    return (cross - count.to(log_pb.dtype).log()).sum() / mean_count(interior.sum())

@@ -15,7 +15,8 @@ from isotone.opgfn.envs.base import Environment
 
 
 class Memo:
-    """Objective values of terminal states by row; `evaluations` distinct objects so far, of `lookups` asked for.
+    """Objective values of terminal states by `env.identities`; `evaluations` distinct objects so far, of `lookups`
+    asked for.
 
     `objective` takes what `env.objects` makes of the new states and returns (n, d) or (n,) finite numbers.
     """
@@ -35,7 +36,7 @@ class Memo:
         Raises `ValueError` where the objective returns NaN, infinity or another shape.
         """
         rows = np.ascontiguousarray(states.cpu().numpy())
-        keys = [row.tobytes() for row in rows]
+        keys = self.env.identities(states)
         self.lookups += len(keys)
         fresh: dict[bytes, int] = {}
         for i, key in enumerate(keys):
@@ -47,19 +48,38 @@ class Memo:
         index = [self._row[key] for key in keys]
         return torch.from_numpy(u[index]).to(states.device), torch.from_numpy(valid[index]).to(states.device)
 
+    def tell(self, states: Int[Tensor, "n width"], values: Any) -> None:
+        """Keep measured `values` (n, d) or (n,) of `states`; those that are known already stay as they are.
+
+        Raises `ValueError` on NaN, infinity or another shape.
+        """
+        answer = self._checked(values, len(states))
+        valid = self.env.valid(states).cpu().numpy()
+        fresh = {key: i for i, key in reversed(list(enumerate(self.env.identities(states)))) if key not in self._row}
+        places = sorted(fresh.values())
+        if places:
+            rows = np.ascontiguousarray(states.cpu().numpy())[places]
+            names = {i: key for key, i in fresh.items()}
+            u = np.where(valid[places, None], answer[places], 0.0)
+            self._keep(rows, u, valid[places], [names[i] for i in places])
+
+    def _checked(self, given: Any, rows: int) -> np.ndarray:
+        try:
+            answer = np.asarray(given.cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected objectives as numbers, got {type(given).__name__}") from None
+        answer = answer[:, None] if answer.ndim == 1 else answer
+        check_objectives(answer, rows)
+        if self.objectives is not None and answer.shape[1] != self.objectives:
+            raise ValueError(f"expected {self.objectives} objectives, got {answer.shape[1]}")
+        self.objectives = answer.shape[1]
+        return answer
+
     def _ask(self, rows: np.ndarray, keys: list[bytes]) -> None:
         states = torch.from_numpy(rows)
         valid = self.env.valid(states).numpy()
         good = states[torch.from_numpy(valid)]
-        answer: np.ndarray | None = None
-        if len(good):
-            given = self.objective(self.env.objects(good))
-            answer = np.asarray(given.cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
-            answer = answer[:, None] if answer.ndim == 1 else answer
-            check_objectives(answer, len(good))
-            if self.objectives is not None and answer.shape[1] != self.objectives:
-                raise ValueError(f"expected {self.objectives} objectives, got {answer.shape[1]}")
-            self.objectives = answer.shape[1]
+        answer = self._checked(self.objective(self.env.objects(good)), len(good)) if len(good) else None
         u = np.zeros((len(rows), self.objectives or 1))
         if answer is not None:
             u[valid] = answer
@@ -84,7 +104,7 @@ class Memo:
         return self._table
 
     def has(self, key: bytes) -> bool:
-        """Whether the state of this row of bytes was evaluated."""
+        """Whether the object of this identity (`env.identities`) was evaluated."""
         return key in self._row
 
     @property
@@ -111,4 +131,5 @@ class Memo:
         self._states, self._u, self._valid = [], [], []
         rows = np.ascontiguousarray(np.asarray(arrays["states"]))
         if len(rows):
-            self._keep(rows, np.asarray(arrays["u"]), np.asarray(arrays["valid"]), [row.tobytes() for row in rows])
+            keys = self.env.identities(torch.from_numpy(rows))
+            self._keep(rows, np.asarray(arrays["u"]), np.asarray(arrays["valid"]), keys)

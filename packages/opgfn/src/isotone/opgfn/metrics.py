@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from isotone.opgfn.volume import hypervolume
 
 __all__ = [
     "avg_hausdorff",
+    "diverse_top_k",
     "extreme_faces",
     "gd_plus",
     "hypervolume",
@@ -132,21 +134,59 @@ def modes_found(samples: Sequence[object], modes: Sequence[object]) -> int:
     return len(set(samples) & set(modes))
 
 
+def _fingerprint(text: str, radius: int, bits: int) -> Any:
+    from rdkit import Chem
+    from rdkit.Chem import rdFingerprintGenerator
+
+    molecule = Chem.MolFromSmiles(text)
+    if molecule is None:
+        raise ValueError(f"expected a SMILES that RDKit reads, got {text!r}")
+    return rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits).GetFingerprint(molecule)
+
+
+def diverse_top_k(
+    smiles: Sequence[str],
+    values: np.ndarray,
+    k: int = 100,
+    *,
+    threshold: float = 0.7,
+    radius: int = 2,
+    bits: int = 2048,
+) -> list[int]:
+    """The best k of n molecules of which no two are more alike than `threshold` (Tanimoto, Morgan fingerprints).
+
+    Greedy, from the largest of `values` (n,) down: a molecule too near a chosen one is passed over. Returns indices,
+    best first, fewer than k where no others are left. Raises `ValueError` on another shape, NaN, k below 1 or a
+    threshold outside [0, 1], and naming a SMILES that RDKit cannot read.
+    """
+    from rdkit import DataStructs
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(smiles),) or not np.isfinite(values).all():
+        raise ValueError(f"expected a finite value for each of {len(smiles)} molecules, got shape {values.shape}")
+    if k < 1 or not 0 <= threshold <= 1:
+        raise ValueError(f"expected k of at least 1 and a threshold in [0, 1], got {k} and {threshold}")
+    chosen: list[int] = []
+    prints: list[Any] = []
+    for i in np.argsort(-values, kind="stable").tolist():
+        own = _fingerprint(smiles[i], radius, bits)
+        if prints and max(DataStructs.BulkTanimotoSimilarity(own, prints)) > threshold:
+            continue
+        chosen.append(i)
+        prints.append(own)
+        if len(chosen) == k:
+            break
+    return chosen
+
+
 def tanimoto_diversity(smiles: Sequence[str], *, radius: int = 2, bits: int = 2048) -> float:
     """Mean of 1 - Tanimoto similarity over the pairs of molecules, on Morgan fingerprints; 0 for fewer than two.
 
     Raises `ValueError` naming a SMILES that RDKit cannot read.
     """
-    from rdkit import Chem, DataStructs
-    from rdkit.Chem import rdFingerprintGenerator
+    from rdkit import DataStructs
 
-    generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits)
-    prints = []
-    for text in smiles:
-        molecule = Chem.MolFromSmiles(text)
-        if molecule is None:
-            raise ValueError(f"expected a SMILES that RDKit reads, got {text!r}")
-        prints.append(generator.GetFingerprint(molecule))
+    prints = [_fingerprint(text, radius, bits) for text in smiles]
     if len(prints) < 2:
         return 0.0
     total = math.fsum(

@@ -62,7 +62,7 @@ def order_of(
                 raise ValueError("expected objective values on several ranks, got comparisons")
             log_r = distributed.gather_log_rewards(log_r)
             u, valid = distributed.gather_rows(u), distributed.gather_rows(valid)
-            source, reference = shared, None
+            source = shared  # the archive is every rank's, since all ranks push the global batch
         pairs = random_pairs(len(log_r), source, log_r.device) if mode == "pairwise" else None
         return order_preserving_loss(
             *(log_r, u), mode=mode, better=better, pairs=pairs, reference=reference, valid=valid, generator=source
@@ -114,9 +114,8 @@ def training_loss(
         else:
             assert target.partial is not None
             u, known = target.partial
-            mode = label_mode(config, target)
-            inner = mode if mode in ("pairwise", "all-pairs", "pareto", "bce", "rank", "pair-balanced") else "pareto"
-            form = losses.FLSubTB(config.lam, weight, 1 if family == "fl-db" else None, inner)
+            longest = 1 if family == "fl-db" else None
+            form = losses.FLSubTB(config.lam, weight, longest, label_mode(config, target))
             loss = form(scores, evaluation.log_inter(), u, order, known, generator)
     else:
         reward = log_reward(config, target)

@@ -41,6 +41,8 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if self.env not in ENVIRONMENTS:
             raise InputError(f"expected an environment of {', '.join(ENVIRONMENTS)}, got {self.env!r}")
+        if self.length is not None and self.length < 1:
+            raise InputError(f"expected a length of at least 1, got {self.length}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,17 @@ def read_vocabulary(name: str) -> Vocabulary:
     path = Path(name)
     if not path.is_file():
         raise InputError(f"expected a vocabulary full, linear or a file, got {name!r}")
-    vocabulary = Vocabulary.parse(path.read_text(encoding="utf-8"))
+    vocabulary = Vocabulary.parse(read_text(path))
     _ = vocabulary.molecules  # refused here, not in the middle of a run
     return vocabulary
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises `InputError` where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"expected UTF-8 text in {str(path)!r}") from None
 
 
 def spec_from(document: dict[str, Any], where: str) -> TaskSpec:

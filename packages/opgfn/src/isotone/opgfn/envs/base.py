@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -124,6 +125,10 @@ class Environment(ABC):
     def objects(self, states: Int[Tensor, "B width"]) -> Any:
         """The terminal objects as an objective function takes them: here the states themselves."""
         return states
+
+    def identities(self, states: Int[Tensor, "B width"]) -> list[bytes]:
+        """What makes two terminal objects one to an objective, as bytes: here the row itself."""
+        return [row.tobytes() for row in np.ascontiguousarray(states.cpu().numpy())]
 
     def check_actions(self, states: Tensor, actions: Tensor) -> None:
         """Raise `ValueError` naming the first illegal action."""

@@ -236,6 +236,11 @@ class FragmentEnv(Environment):
             found.append(self._smiles[key])
         return found
 
+    def identities(self, states: Int[Tensor, "B width"]) -> list[bytes]:
+        """The canonical SMILES, which several trees may spell; of an invalid object its row."""
+        rows = super().identities(states)
+        return [row if text is None else text.encode() for row, text in zip(rows, self.decode(states), strict=True)]
+
     def tree(self, row: list[int]) -> tuple[list[int], list[tuple[int, int, int, int]]]:
         """Fragments, and bonds (parent, its stem, child, its stem), of one state's row."""
         n = self.n

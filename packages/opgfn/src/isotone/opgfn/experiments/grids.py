@@ -13,7 +13,7 @@ from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs import HyperGrid, MOOGrid
 from isotone.opgfn.exact import StateGraph, entropy, mass_on
 from isotone.opgfn.gflownet import GFlowNet
-from isotone.opgfn.metrics import pc_entropy
+from isotone.opgfn.metrics import gd_plus, igd_plus, pc_entropy, r2
 from isotone.opgfn.pareto import non_dominated_mask
 from isotone.opgfn.replay import ReplayConfig
 
@@ -53,6 +53,9 @@ def moo_arm(setting: MOOSetting, objective: str, beta: float, seed: int) -> dict
         "cells": len(found),
         "of": int(front.sum()),
         "pc_entropy": pc_entropy(u[drawn].numpy(), u[front].numpy()),
+        "igd_plus": igd_plus(u[drawn].numpy(), u[front].numpy()),
+        "gd_plus": gd_plus(u[drawn].numpy(), u[front].numpy()),
+        "r2": r2(u[drawn].numpy()),
         "distribution": mass.tolist(),
         "front": front.nonzero().squeeze(1).tolist(),
         "samples": u[drawn].tolist(),

@@ -11,12 +11,20 @@ import torch
 
 from isotone.opgfn import evolution
 from isotone.opgfn.chem.objectives import Objectives
-from isotone.opgfn.conditional import Goal, Preference
+from isotone.opgfn.conditional import conditioner_of
 from isotone.opgfn.config import TrainConfig
 from isotone.opgfn.envs import FragmentEnv
 from isotone.opgfn.gflownet import GFlowNet
 from isotone.opgfn.memo import Memo
-from isotone.opgfn.metrics import extreme_faces, hypervolume, igd_plus, pc_entropy, r2, tanimoto_diversity
+from isotone.opgfn.metrics import (
+    diverse_top_k,
+    extreme_faces,
+    hypervolume,
+    igd_plus,
+    pc_entropy,
+    r2,
+    tanimoto_diversity,
+)
 from isotone.opgfn.pareto import non_dominated_mask
 from isotone.opgfn.policies import GraphPolicy
 from isotone.opgfn.replay import ReplayConfig
@@ -42,7 +50,13 @@ class MoleculeSetting:
 
 
 def molecule_arm(
-    setting: MoleculeSetting, arm: str, beta: float, seed: int, device: str = "cpu", objectives: Any = None
+    setting: MoleculeSetting,
+    arm: str,
+    beta: float,
+    label: str | None,
+    seed: int,
+    device: str = "cpu",
+    objectives: Any = None,
 ) -> dict[str, Any]:
     """Run one arm until its budget is used: hypervolume on the way, the front, its measures, and samples'.
 
@@ -58,7 +72,7 @@ def molecule_arm(
     elif arm == "genetic":
         evolution.fragment_ga(env, memo, setting.budget, generator)
     else:
-        gfn = _gflownet(env, setting, arm, beta, seed, device)
+        gfn = _gflownet(env, setting, arm, beta, label, seed, device)
         gfn.memo = memo
         while memo.evaluations < setting.budget and gfn.step < setting.steps:
             gfn.fit(scorer, gfn.step + 1)
@@ -71,9 +85,12 @@ def molecule_arm(
     return summary(u, valid, texts, sampled, scorer, memo)
 
 
-def _gflownet(env: FragmentEnv, setting: MoleculeSetting, arm: str, beta: float, seed: int, device: str) -> GFlowNet:
+def _gflownet(
+    env: FragmentEnv, setting: MoleculeSetting, arm: str, beta: float, label: str | None, seed: int, device: str
+) -> GFlowNet:
     config = TrainConfig(
         objective=arm,
+        label=label,
         beta=beta,
         lr=setting.lr,
         lr_log_z=1e-2,
@@ -83,12 +100,23 @@ def _gflownet(env: FragmentEnv, setting: MoleculeSetting, arm: str, beta: float,
         seed=seed,
     )
     count = len(setting.objectives)
-    condition = {"pc": Preference(count, beta).dim, "gc": Goal(count, beta).dim}.get(config.kind, 0)
+    conditioner = conditioner_of(config.kind, count, beta)
+    condition = conditioner.dim if conditioner else 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = GraphPolicy(env, setting.channels, setting.layers, condition_dim=condition, autocast=device == "cuda")
     replay = ReplayConfig("uniform", warmup=setting.warmup)
     return GFlowNet(env, policy, config=config, replay=replay, objectives=count, device=device)
+
+
+def _diverse(smiles: list[str], u: np.ndarray, k: int = 100) -> dict[str, float]:
+    """The best k by the mean of their objectives of which no two are more alike than 0.7: their mean and diversity."""
+    value = u.mean(1)
+    chosen = diverse_top_k(smiles, value, k)
+    return {
+        "top_diverse": float(value[chosen].mean()),
+        "top_diverse_diversity": tanimoto_diversity([smiles[i] for i in chosen]),
+    }
 
 
 def summary(
@@ -98,7 +126,6 @@ def summary(
     good = u[valid]
     front = non_dominated_mask(torch.from_numpy(good)).numpy()
     names = [str(text) for text, ok in zip(texts, valid, strict=True) if ok]
-    # molecules that several trees spell are one
     best = {names[i]: good[i] for i in np.flatnonzero(front)}
     points = np.array(list(best.values()))
     marks = np.unique(np.linspace(1, len(u), 20).astype(int))
@@ -109,6 +136,7 @@ def summary(
         "igd_plus": igd_plus(points, faces),
         "r2": r2(points),
         "diversity": tanimoto_diversity(list(best)),
+        **_diverse(names, good),
         "front": points.tolist(),
         "smiles": list(best),
         "curve": [marks.tolist(), curve],

@@ -20,12 +20,15 @@ from isotone.opgfn.replay import ReplayConfig
 
 @dataclass(frozen=True)
 class NasSetting:
-    """Rounds of ten new cells after `initial` random ones, as the paper's, with fewer steps a round."""
+    """Rounds of ten new cells after `initial` random ones, as the paper's, with fewer steps a round.
+
+    `steps`: gradient steps a round, of every arm alike: with augmentation half of them are on augmented batches.
+    """
 
     initial: int = 64
     rounds: int = 20
     proposals: int = 10
-    steps: int = 30
+    steps: int = 60
     batch: int = 64
     width: int = 64
     task_seed: int = 0
@@ -36,10 +39,10 @@ class NasSetting:
         return self.initial + self.rounds * self.proposals
 
 
-NAS_ARMS = ("op-tb", "op-tb-kl-aug", "tb", "reinforce", "evolution", "random")
+NAS_ARMS = ("op-tb", "op-tb-kl-aug", "tb", "tb-kl-aug", "reinforce", "evolution", "random")
 
 
-def nas_arm(setting: NasSetting, arm: str, beta: float, seed: int) -> dict[str, Any]:
+def nas_arm(setting: NasSetting, arm: str, beta: float, label: str | None, seed: int) -> dict[str, Any]:
     """The truth of the cell that the noisy proxy likes best, after each number of evaluated cells."""
     env = NasCell(seed=setting.task_seed)
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +54,7 @@ def nas_arm(setting: NasSetting, arm: str, beta: float, seed: int) -> dict[str, 
     elif arm == "evolution":
         evolution.regularised_evolution(initial, memo, setting.budget, generator, operations=env.operations)
     else:
-        _rounds(env, setting, arm, beta, seed, initial, memo)
+        _rounds(env, setting, arm, beta, label, seed, initial, memo)
     states, u, _ = memo.seen()
     truth = env.truth(torch.from_numpy(states))[:, 0].numpy()
     leader = np.array([int(u[: i + 1, 0].argmax()) for i in range(len(u))])
@@ -66,11 +69,19 @@ def _distinct(env: NasCell, n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _rounds(
-    env: NasCell, setting: NasSetting, arm: str, beta: float, seed: int, initial: torch.Tensor, memo: Memo
+    env: NasCell,
+    setting: NasSetting,
+    arm: str,
+    beta: float,
+    label: str | None,
+    seed: int,
+    initial: torch.Tensor,
+    memo: Memo,
 ) -> None:
     plus = arm.endswith("-kl-aug")
     config = TrainConfig(
-        objective="op-tb" if plus else arm,
+        objective=arm.removesuffix("-kl-aug"),
+        label=label,
         beta=beta,
         lr=3e-3,
         lr_log_z=1e-1,
@@ -96,7 +107,7 @@ def _rounds(
     gfn.memo = memo
     gfn.observe(initial)
     for number in range(setting.rounds):
-        gfn.fit(memo.objective, (number + 1) * setting.steps)
+        gfn.fit(memo.objective, (number + 1) * (setting.steps // 2 if plus else setting.steps))
         gfn.observe(_new(gfn, memo, setting.proposals, seed * 1000 + number))
 
 
@@ -105,8 +116,7 @@ def _new(gfn: GFlowNet, memo: Memo, n: int, seed: int) -> torch.Tensor:
     found: dict[bytes, torch.Tensor] = {}
     for attempt in range(12):
         drawn = gfn.sample(8 * n, temperature=1.0 + 0.5 * attempt, seed=seed + 97 * attempt)
-        for row in drawn.states:
-            key = row.numpy().tobytes()
+        for row, key in zip(drawn.states, memo.env.identities(drawn.states), strict=True):
             if not memo.has(key) and len(found) < n:
                 found[key] = row
         if len(found) == n:
@@ -116,17 +126,18 @@ def _new(gfn: GFlowNet, memo: Memo, n: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StringSetting:
-    """TFBind-like strings of eight: fresh and prioritised batches of 32 (section 2.4, 4)."""
+    """TFBind-like strings of eight: fresh and prioritised batches of 32 (section 2.4, 4), until `budget` distinct
+    strings are evaluated, or for `steps` steps where a sampler repeats itself."""
 
     budget: int = 8000
-    steps: int = 600
+    steps: int = 1500
     batch: int = 32
     offline: int = 32
     width: int = 128
     top: int = 100
 
 
-def string_arm(setting: StringSetting, objective: str, beta: float, seed: int) -> dict[str, Any]:
+def string_arm(setting: StringSetting, objective: str, beta: float, label: str | None, seed: int) -> dict[str, Any]:
     """Top-k mean and modes among the distinct strings evaluated within the budget."""
     env = BindingTable()
     memo = Memo(env, env.objective)
@@ -135,14 +146,22 @@ def string_arm(setting: StringSetting, objective: str, beta: float, seed: int) -
         evolution.random_search(env, memo, setting.budget, generator, batch=256)
     else:
         config = TrainConfig(
-            objective=objective, beta=beta, lr=1e-3, lr_log_z=1e-2, batch_size=setting.batch, floor=1e-3, seed=seed
+            objective=objective,
+            label=label,
+            beta=beta,
+            lr=1e-3,
+            lr_log_z=1e-2,
+            batch_size=setting.batch,
+            floor=1e-3,
+            seed=seed,
         )
         policy = _seeded_policy(env, setting.width, config)
         gfn = GFlowNet(
             env, policy, config=config, replay=ReplayConfig("prioritized", offline=setting.offline), table=False
         )
         gfn.memo = memo
-        gfn.fit(env.objective, setting.steps)
+        while memo.evaluations < setting.budget and gfn.step < setting.steps:
+            gfn.fit(memo.objective, gfn.step + 1)
     states, u, _ = memo.seen()
     states, values = states[: setting.budget], u[: setting.budget, 0]
     found = set(env.objects(torch.from_numpy(states)))
