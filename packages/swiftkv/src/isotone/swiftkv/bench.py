@@ -138,6 +138,7 @@ def bench(run: Run, size: str = "auto") -> Report:
     # the longest was timed above
     curve.append({"n": sizes.n, "ratio": against_own.ratio, "low": against_own.low, "high": against_own.high})
     curve.sort(key=lambda point: point["n"])
+    bounds = [speedup_bound(base.config, int(point["n"]), layers // 2) for point in curve]
     return Report(
         "swiftkv",
         "bench",
@@ -146,7 +147,7 @@ def bench(run: Run, size: str = "auto") -> Report:
         "torch",
         ratios=ratios,
         seconds=time.perf_counter() - start,
-        figures={"prefill": _plot(curve, shape)},
+        figures={"prefill": _plot(curve, bounds, shape)},
     )
 
 
@@ -268,15 +269,18 @@ def _step(swift: Any, sizes: Size, shape: str, timed: Any, row: Any) -> list[Rat
     ]
 
 
-def _plot(curve: list[dict[str, float | int]], shape: str) -> Any:
+def _plot(curve: list[dict[str, float | int]], bounds: list[float], shape: str) -> Any:
     drawing, axes = figure(f"Prefill: {shape}", "prompt, tokens", "times faster than without skipping")
     lengths = [point["n"] for point in curve]
     ratios = [point["ratio"] for point in curve]
     below = [point["ratio"] - point["low"] for point in curve]
     above = [point["high"] - point["ratio"] for point in curve]
     axes.errorbar(lengths, ratios, yerr=[below, above], fmt="o-", capsize=4, label="measured")
+    axes.plot(lengths, bounds, ":", color="#D55E00", label="bound: the FLOPs' ratio")
     axes.axhline(1.0, color="#999999", linestyle=":")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
     axes.set_ylim(0.9, 2.1)
     axes.legend(frameon=False)
     return drawing

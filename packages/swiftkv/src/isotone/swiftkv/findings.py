@@ -318,8 +318,13 @@ def figures(
     quality, axes = figure(
         "Quality lost and won back", "layers kept and layers a group", "KL to the base, nats a token"
     )
-    bars(axes, [[seed[n]["before"]["kl"] for seed in texts] for n in names], "at conversion", -0.2)
-    bars(axes, [[seed[n]["after"]["kl"] for seed in texts] for n in names], "distilled", 0.2)
+    for when, label, shift in (("before", "at conversion", -0.08), ("after", "distilled", 0.08)):
+        # a logarithmic axis has no 0 for bars to stand on: the mean as a mark, every seed as a point
+        shares = [[seed[n][when]["kl"] for seed in texts] for n in names]
+        (mark,) = axes.plot([i + shift for i in places], [statistics.mean(v) for v in shares], "_", markersize=16,
+                            markeredgewidth=2.5, label=label)  # fmt: skip
+        dots = [(i + shift, value) for i, values in enumerate(shares) for value in values]
+        axes.plot(*zip(*dots, strict=True), "o", color=mark.get_color(), markersize=4, alpha=0.6)
     axes.set_xticks(places, labels)
     axes.set_yscale("log")
     axes.legend(frameon=False)
@@ -335,7 +340,7 @@ def figures(
             level, color="#0072B2" if pairs == "16" else "#D55E00", linestyle=":", label=f"base, {pairs} pairs"
         )
     axes.set_xticks(places, labels)
-    axes.set_ylim(0, 145)
+    axes.set_ylim(0, 130)
     axes.set_yticks(range(0, 101, 20))
     axes.legend(frameon=False, ncols=2, loc="upper center")
     ablation, axes = figure("Loss and trained weights, narrow text", "arm", "cross-entropy on held-out text, nats")
@@ -364,6 +369,9 @@ def figures(
     axes.plot(lengths, [point["swift_seconds"] for point in side["curve"]], "o-", label="swift, l = L/2")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     for point in side["curve"]:
         axes.annotate(f"{point['ratio']:.2f}x", (point["n"], point["swift_seconds"]), xytext=(4, -12),
                       textcoords="offset points", fontsize=9)  # fmt: skip
