@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rdkit import Chem
 from safetensors.torch import load_file
@@ -97,7 +98,7 @@ def test_diverse_samples(molecules: Path) -> None:
     assert 0 < len(rows) == found["written"] <= plain["written"]
     from isotone.opgfn.metrics import diverse_top_k
 
-    assert len(diverse_top_k(rows, [0.0] * len(rows), len(rows), threshold=0.4)) == len(rows)
+    assert len(diverse_top_k(rows, np.zeros(len(rows)), len(rows), threshold=0.4)) == len(rows)
 
 
 def test_what_is_no_molecule_has_no_molecule_file(tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def draw_training(
     drawing.savefig(out / "loss.png", dpi=120)
     reference = None
     if gfn.graph is not None and spec is not None and spec.env in ("moo-grid", "hypergrid"):
-        every = gfn.env.objective(gfn.graph.states)
+        every = gfn.env.objective(gfn.graph.states)  # type: ignore[attr-defined]
         mask = non_dominated_mask(every)
         reference = every[mask].numpy()
         if gfn.env.width == 2:
