@@ -42,6 +42,7 @@ from isotone.opgfn.order import order_preserving_loss
 from isotone.opgfn.pareto import ParetoArchive, nd_rank, non_dominated_mask
 from isotone.opgfn.policies import GraphPolicy, MLPPolicy, Policy, PolicyOutput, SetPolicy
 from isotone.opgfn.replay import ReplayBuffer, ReplayConfig
+from isotone.opgfn.sampler import Samples
 from isotone.opgfn.volume import hypervolume
 
 __version__ = "0.1.0"
