@@ -81,10 +81,12 @@ def layer_densities(rows: Rows, density: float) -> Any:
 
 def _plain_log(axes: Any) -> None:
     """A logarithmic x axis with numbers as one reads them."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.xaxis.set_minor_formatter("")
 
 
 def _arms(rows: Rows) -> list[str]:
