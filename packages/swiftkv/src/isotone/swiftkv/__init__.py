@@ -9,7 +9,7 @@ from isotone.swiftkv.accounting import decode_flops, flops, kv_bytes, speedup_bo
 from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.choose import Suggestion, suggest_l
 from isotone.swiftkv.config import SwiftKVConfig
-from isotone.swiftkv.convert import convert, drop_teacher, freeze
+from isotone.swiftkv.convert import convert, drop_teacher, freeze, teacher_of
 from isotone.swiftkv.data import Batch, Windows, pack, recall_task
 from isotone.swiftkv.distill import DistillConfig, History, distill
 from isotone.swiftkv.engine import decode, extend, make_cache, prefill
@@ -54,5 +54,6 @@ __all__ = [
     "student_logits",
     "suggest_l",
     "teacher_logits",
+    "teacher_of",
     "tiled_kl",
 ]

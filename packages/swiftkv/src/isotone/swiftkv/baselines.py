@@ -9,6 +9,7 @@ hidden states has no counterpart where layers are missing: neither baseline has 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,9 +19,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isotone.swiftkv.config import SwiftKVConfig
+from isotone.swiftkv.convert import thin
 from isotone.swiftkv.data import Batch, Batches
 from isotone.swiftkv.distill import DistillConfig, autocast, lower_half
-from isotone.swiftkv.families import SWIFT, keys_values, rotate, window_of
+from isotone.swiftkv.families import (
+    QUERY_MODULES,
+    SWIFT,
+    expand_latent,
+    is_latent,
+    keys_values,
+    present,
+    queries,
+    rotate,
+    window_of,
+)
 from isotone.swiftkv.losses import tiled_kl
 from isotone.swiftkv.modeling import attention_outputs
 
@@ -69,9 +81,15 @@ class CopiedKeyValues(nn.Module):
         self.host = [model]
         layers = model.model.layers
         self.queries = nn.ModuleDict()
+        self.attentions: list[Any] = []
         for number in SwiftKVConfig.of(model.config).upper:
-            source = layers[number].self_attn.q_proj
-            self.queries[str(number)] = copy_linear(source)
+            attention = thin(layers[number].self_attn)
+            for name in present(attention, QUERY_MODULES):
+                # the base's weights may be shared and frozen: copies, in fp32, are what is trained
+                module = copy.deepcopy(getattr(attention, name)).float().requires_grad_(True)
+                setattr(attention, name, module)
+                self.queries[f"{number} {name}"] = module
+            self.attentions.append([attention])
 
     def final(self, batch: Batch) -> Float[Tensor, "batch n d"]:
         """What lm_head is given."""
@@ -83,29 +101,20 @@ class CopiedKeyValues(nn.Module):
             attention = below.self_attn
             keys, values = keys_values(attention, below.input_layernorm(hidden))
             keys, values = rotate(keys, rope).transpose(1, 2), values.transpose(1, 2)
+            if is_latent(model.config):
+                keys, values = expand_latent(attention, keys, attention.kv_b_proj)
             hidden = below(hidden, attention_mask=masks[kept - 1], position_ids=positions, position_embeddings=rope)
-        for key, projection in self.queries.items():
-            layer = inner.layers[int(key)]
-            attention = layer.self_attn
-            swapped = projection(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
-            query = rotate(swapped, rope).transpose(1, 2)
-            window = window_of(model.config, int(key))
-            hidden = hidden + attention.o_proj(
-                attention_outputs(attention, query, keys, values, masks[int(key)], window)
-            )
+        for number, (attention,) in zip(SwiftKVConfig.of(model.config).upper, self.attentions, strict=True):
+            layer = inner.layers[number]
+            query = rotate(queries(attention, layer.input_layernorm(hidden)), rope).transpose(1, 2)
+            window = window_of(model.config, number)
+            hidden = hidden + attention.o_proj(attention_outputs(attention, query, keys, values, masks[number], window))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return inner.norm(hidden)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (b, n, V) of token ids (b, n)."""
         return self.host[0].lm_head(self.final(Batch(ids)))
-
-
-def copy_linear(source: Any) -> nn.Linear:
-    """A linear layer with the values of another."""
-    made = nn.Linear(source.in_features, source.out_features, source.bias is not None, device=source.weight.device)
-    made.load_state_dict(source.state_dict())
-    return made
 
 
 def train_baseline(arm: Any, data: Batches, settings: DistillConfig) -> list[float]:

@@ -19,6 +19,7 @@ from isotone.shared.errors import InputError
 from isotone.swiftkv.config import FAMILIES
 from isotone.swiftkv.families import expand_latent, keys_values, queries, rotate, window_of
 from isotone.swiftkv.modeling import attention_outputs, layer_masks
+from isotone.swiftkv.prompts import check_batch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ def suggest_l(model: Any, data: Sequence[Tensor]) -> Suggestion:
     layers = model.config.num_hidden_layers
     if not len(data) or layers < 2:
         raise InputError(f"expected batches of token ids and 2 layers or more, got {len(data)} and {layers}")
+    for ids in data:
+        check_batch(ids, model.config.vocab_size)
+        if not ids.numel():
+            raise InputError(f"expected batches of token ids that are not empty, got shape {tuple(ids.shape)}")
+    training = model.training
+    try:
+        return _measured(model.eval(), data, layers)
+    finally:
+        model.train(training)
+
+
+def _measured(model: Any, data: Sequence[Tensor], layers: int) -> Suggestion:
     similar = torch.zeros(layers, layers, dtype=torch.float64)
     lost = torch.zeros(layers - 1, dtype=torch.float64)
     tokens = 0

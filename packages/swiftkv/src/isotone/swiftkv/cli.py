@@ -33,6 +33,7 @@ def convert(
     """Make a swift model of a Hugging Face model, written to OUT/model."""
     from isotone.swiftkv.convert import convert as make
 
+    _check_export(export)
     target = _target(model, run)
     swift = make(_load(model, run), num_key_value_layers, key_value_group_size)
     return {"model": str(_save(swift, model, target, export)), **_facts(swift)}
@@ -80,11 +81,16 @@ def distill(
         gradient_checkpointing=gradient_checkpointing,
         compute_dtype=compute_dtype,
     )
+    _check_export(export)
+    if export == "dual" and train != "qkv":
+        raise InputError(
+            f"expected --export swift with --train {train}: its teacher's weights are trained, and dropped"
+        )
+    seed = _one_seed(run)
     target = _target(model, run)
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
-    seed = (run.seeds or (0,))[0]
     training, held_out, data_id = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
     with progress.bar("distil", steps, run.silent) as bar:
         history = train_model(
@@ -176,7 +182,7 @@ def generate(
     ids = encode(said, model, swift.config.vocab_size)
     if not len(ids):
         raise InputError("expected at least one token in the prompt, got none")
-    seed_everything((run.seeds or (0,))[0])
+    seed_everything(_one_seed(run))
     options: dict[str, Any] = {"do_sample": temperature > 0, "prompt_lookup_num_tokens": lookup}
     if temperature > 0:
         options["temperature"] = temperature
@@ -259,6 +265,8 @@ def flops(
     from isotone.swiftkv.config import check_family
     from isotone.swiftkv.loading import config_of
 
+    if model.is_file() and model.name != "config.json":
+        raise InputError(f"expected a model folder or its config.json, got {str(model)!r}")
     config = config_of(model.parent if model.is_file() else model)
     check_family(config)
     kept, group = num_key_value_layers, key_value_group_size
@@ -296,6 +304,8 @@ def export(
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
+    if format == "dual" and not swift.config.teacher_weights:
+        raise InputError(f"expected a model with its teacher's weights for --format dual, {str(model)!r} has none")
     if format == "arctic":
         export_arctic(swift, target)
         _copy_tokenizer(model, target)
@@ -365,6 +375,19 @@ def _load(folder: Path, run: Run) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     return load(folder, dtype="auto").to(device.resolve(run.device))
+
+
+def _check_export(export: str) -> None:
+    """Before any work is done."""
+    if export not in ("swift", "dual"):
+        raise InputError(f"expected --export to be swift or dual, got {export!r}")
+
+
+def _one_seed(run: Run) -> int:
+    seeds = run.seeds or (0,)
+    if len(seeds) > 1:
+        raise InputError(f"expected one seed, got --seeds {','.join(map(str, seeds))}")
+    return seeds[0]
 
 
 def _target(source: Path, run: Run) -> Path:
@@ -473,7 +496,7 @@ def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], lis
     tokenizer = tokenizer_of(folder)
     end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples: list[tuple[list[int], list[int]]] = []
-    for number, line in enumerate(_read(text).splitlines(), 1):
+    for number, line in enumerate(_read(text).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -488,8 +511,8 @@ def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], lis
             raise InputError(
                 f"expected prompt and completion, or messages, on line {number} of {str(text)!r}"
             ) from None
-        words = encode(asked, folder, model.config.vocab_size).tolist()
-        reply = encode(answered, folder, model.config.vocab_size, starts=False).tolist() + end
+        words = encode(asked, folder, model.config.vocab_size, tokenizer=tokenizer).tolist()
+        reply = encode(answered, folder, model.config.vocab_size, starts=False, tokenizer=tokenizer).tolist() + end
         examples.append((words + reply, [-100] * len(words) + reply))
     return examples
 

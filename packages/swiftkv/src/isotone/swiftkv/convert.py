@@ -142,9 +142,9 @@ def drop_teacher(model: Any) -> Any:
 def teacher_of(model: Any) -> Any:
     """A second model of the same weights, switched off: the teacher of `model` as it is now, also while `distill`
     trains what the teacher shares (it trains copies of the layers then)."""
-    made = _thin(model)
+    made = thin(model)
     made.config = copy.deepcopy(model.config)
-    made.model = _thin(model.model)
+    made.model = thin(model.model)
     made.model.config = made.config
     made.model.layers = nn.ModuleList(_thin_layer(layer, made.config) for layer in model.model.layers)
     return made.swiftkv(False)
@@ -153,13 +153,14 @@ def teacher_of(model: Any) -> Any:
 def _thin_layer(layer: nn.Module, config: Any) -> nn.Module:
     """A layer and an attention of their own, so that projections may come and go, around the same parameters; the
     attention looks at `config`, that of the model which the layer is for."""
-    made = _thin(layer)
-    made.self_attn = _thin(layer.self_attn)  # type: ignore[arg-type]
+    made = thin(layer)
+    made.self_attn = thin(layer.self_attn)  # type: ignore[arg-type]
     made.self_attn.config = config
     return made
 
 
-def _thin(module: nn.Module) -> Any:
+def thin(module: nn.Module) -> Any:
+    """A module of its own around the same parameters and submodules: what is put in one is not in the other."""
     made = copy.copy(module)
     for name, value in module.__dict__.items():
         if isinstance(value, dict):  # parameters, buffers, modules and hooks

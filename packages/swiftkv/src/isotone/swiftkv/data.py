@@ -124,8 +124,9 @@ def pack(
     """(ids, labels) examples one after another into rows of `length` tokens, positions from 0 in each example.
 
     With `fuse_positions_prob` a row counts its positions through instead, so that long positions are seen (the authors'
-    long-context recipe uses 0.1). An example longer than a row is cut; a row's end is padded with labels of -100.
-    Raises `InputError` on no example, an empty one, or one whose labels are not as long.
+    long-context recipe uses 0.1). An example longer than a row is cut, and left out where nothing that is asked for is
+    left of it; a row's end is padded with labels of -100. Raises `InputError` on no example, an empty one, one whose
+    labels are not as long, and where nothing is asked for in any.
     """
     if not examples or length < 2 or not 0 <= fuse_positions_prob <= 1:
         raise InputError(
@@ -154,12 +155,18 @@ def pack(
                 f"expected as many labels as ids, and some, in example {number}: {len(wanted)}, {len(words)}"
             )
         words, wanted = words[:length], wanted[:length]
+        if all(label == IGNORED for label in wanted[1:]):
+            continue
         if len(ids) + len(words) > length:
             close()
         ids += words
         # nobody predicts an example's first token from the one before it
         labels += [IGNORED, *wanted[1:]]
         positions += range(len(words))
+    if not ids:
+        raise InputError(
+            f"expected an example with a label within rows of {length} tokens, got none of {len(examples)}"
+        )
     close()
     return rows
 

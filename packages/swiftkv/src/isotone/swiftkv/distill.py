@@ -28,7 +28,6 @@ from isotone.shared.errors import InputError
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.convert import TRAINABLE, drop_teacher, freeze
 from isotone.swiftkv.data import Batch, Batches, fingerprint
-from isotone.swiftkv.families import SWIFT
 from isotone.swiftkv.losses import IGNORED, tiled_cross_entropy, tiled_kl
 from isotone.swiftkv.prompts import check_batch
 
@@ -125,7 +124,8 @@ def distill(
     same settings, base weights and data. `data_id` names the data; by default it is the data's own (`Windows.data_id`),
     or of a plain function the fingerprint of its first batch. `evaluate` is called
     with the model at the start, every `evaluate_every` steps and at the end. With train "norms" or "full" copies of the
-    upper layers are trained, so that a base which shares them stays what it is, and the model loses its teacher. Raises
+    upper layers are trained, so that a base which shares them stays what it is, and the model loses its teacher
+    (`teacher_of`, taken before, keeps it); where such a run does not come to its end, the model is as it was. Raises
     `InputError` where there is no teacher or nothing to train, on a loss that is not finite, and on a checkpoint of
     another run.
     """
@@ -145,8 +145,33 @@ def distill(
         for number in split.upper:
             shared = {id(model.config): model.config}
             model.model.layers[number] = copy.deepcopy(model.model.layers[number], shared)
+        # what is in the layers from now on is no teacher: who asks for one is told so
+        model.config.teacher_weights = False
+    try:
+        return _run(model, data, settings, teacher, folder, checkpoint_every, resume, data_id, evaluate, on_step)
+    except BaseException:
+        if teacher is not None:
+            for number, layer in zip(split.upper, teacher, strict=True):
+                model.model.layers[number] = layer
+            model.config.teacher_weights = True
+            freeze(model, "qkv")
+        raise
+
+
+def _run(
+    model: Any,
+    data: Batches,
+    settings: DistillConfig,
+    teacher: list[Any] | None,
+    folder: Path | None,
+    checkpoint_every: int,
+    resume: bool,
+    data_id: str | None,
+    evaluate: Callable[[Any], dict[str, float]] | None,
+    on_step: Callable[[int, float], None],
+) -> History:
     parameters = freeze(model, settings.train)
-    made_of = {} if folder is None else {"base": base_id(model), "data": data_id or _data_id(data)}
+    made_of = {} if folder is None else {"base": start_id(model), "data": data_id or _data_id(data)}
     with _in_single(parameters):
         optimizer = torch.optim.AdamW(
             parameters,
@@ -305,7 +330,12 @@ class _Distillation:
             start = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * settings.rate(step)
-            batch = self.data(step).to(device)
+            batch = self.data(step)
+            if batch.labels is not None and not bool((batch.labels[:, 1:] != IGNORED).any()):
+                raise InputError(
+                    f"expected a token to learn from in the batch of step {step}, all labels are {IGNORED}"
+                )
+            batch = batch.to(device)
             check_batch(batch.input_ids, self.model.config.vocab_size if device.type == "cpu" else None)
             loss = step_loss(self.model, batch, settings, self.teacher)
             value = loss.item()
@@ -367,10 +397,9 @@ class _Distillation:
         return json.loads(json.dumps({**dataclasses.asdict(self.settings), **split, **self.made_of}))
 
 
-def base_id(model: Any) -> str:
-    """The SHA-256 of the weights that the base model has, names and types included."""
-    named = ((name, p) for name, p in model.named_parameters() if SWIFT not in name)
-    return fingerprint(*(part for pair in named for part in pair))
+def start_id(model: Any) -> str:
+    """The SHA-256 of the weights that a run starts from, names and types included."""
+    return fingerprint(*(part for pair in model.named_parameters() for part in pair))
 
 
 def _data_id(data: Batches) -> str:

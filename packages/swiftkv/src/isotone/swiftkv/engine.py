@@ -76,7 +76,7 @@ def prefill(
     if len(prompts) != cache.batch:
         raise InputError(f"expected a prompt for each of the cache's {cache.batch} rows, got {len(prompts)}")
     if position_ids is not None:
-        check_positions(position_ids.expand_as(input_ids), attention_mask, prompts, cache)
+        check_positions(position_ids, attention_mask, prompts, cache)
     return extend(model, prompts, cache, chunk=chunk)
 
 
@@ -256,7 +256,7 @@ def _write_upper(
     """Keys and values of every group of upper layers from h_l (T, d): one GEMM, one pass over the cache."""
     projected = projection(model.model.norm_swiftkv(hidden))
     slots = slice(cache.split.num_key_value_layers, cache.split.slots)
-    if kernels.can_write(projected, rope, cache, projection.key_norm):
+    if kernels.can_write(projected, rope, cache, projection.norms or projection.key_norm):
         assert isinstance(rope, tuple)  # pragma: no cover - GPU
         kernels.rope_write(projected, rope, cache, slots, packed.rows, packed.positions)  # pragma: no cover - GPU
         return  # pragma: no cover - GPU
@@ -295,7 +295,10 @@ class KeyValueProjection:
         if stacked and all(is_plain(linear) for linear in linears):
             self.weight = torch.cat([linear.weight.detach() for linear in linears])
             self.bias = torch.cat([x.bias.detach() for x in linears]) if linears[0].bias is not None else None
-        if norms:
+        self.norms: list[Any] | None = None
+        if any(norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms):
+            self.norms = norms  # more than their weights
+        elif norms:
             self.key_norm = torch.stack([norm.weight.detach() for norm in norms])
             self.eps = norms[0].variance_epsilon
 
@@ -311,6 +314,10 @@ class KeyValueProjection:
         keys, values = projected.split([self.groups * spec.heads * d for d in (spec.key_dim, spec.value_dim)], -1)
         keys = keys.unflatten(-1, (self.groups, spec.heads, spec.key_dim))
         values = values.reshape(*values.shape[:-1], self.groups, spec.heads, spec.value_dim)
+        if self.norms is not None:
+            width = self.norms[0].weight.shape[0]
+            parts = zip(self.norms, keys.unbind(1), strict=True)
+            keys = torch.stack([torch.cat([norm(k[..., :width]), k[..., width:]], -1) for norm, k in parts], 1)
         if self.key_norm is not None:
             width = self.key_norm.shape[-1]
             normed = _rms(keys[..., :width], self.key_norm.unsqueeze(1), self.eps)

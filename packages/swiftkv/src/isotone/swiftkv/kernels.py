@@ -25,7 +25,7 @@ except ImportError:  # pragma: no cover - there is a Triton on Linux
 FUSED_DTYPES = ("model", "fp32", "fp16", "bf16", "fp8", "int8")
 
 
-def can_write(projected: Tensor, rope: Any, cache: SwiftKVCache, key_norm: Tensor | None) -> bool:
+def can_write(projected: Tensor, rope: Any, cache: SwiftKVCache, key_norm: Any) -> bool:
     """Whether `rope_write` takes this: a GPU, plain RoPE over whole heads, no norm on the keys, a type it can store."""
     size = cache.spec.key_dim
     plain = isinstance(rope, tuple) and key_norm is None and cache.spec.value_dim == size and size & (size - 1) == 0

@@ -26,7 +26,7 @@ class SwiftKVForCausalLM:
 
         Raises `InputError` where there is no model, or not a swift one.
         """
-        kept = config_of(folder)
+        kept = config_of(folder, **kwargs)
         kind = str(kept.model_type).removesuffix("_swiftkv")
         if kept.model_type not in {f"{name}_swiftkv" for name in MODELS}:
             raise InputError(
@@ -36,9 +36,7 @@ class SwiftKVForCausalLM:
         loaded: Any = MODELS[kind]
         with reading(folder):
             model, report = loaded.from_pretrained(folder, config=kept, output_loading_info=True, **kwargs)
-        if missing := sorted(report["missing_keys"]):
-            # transformers would give them random values and go on
-            raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
+        _check_whole(report, folder)
         check_finite(model)
         return model.eval()
 
@@ -51,27 +49,43 @@ def check_finite(model: Any) -> None:
             raise InputError(f"expected finite weights, got NaN or infinity in {name}")
 
 
-def config_of(folder: str | Path) -> Any:
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def _check_whole(report: Any, folder: str | Path) -> None:
+    """Raise `InputError` where weights are missing, which transformers would draw at random, or some are of no use, as
+    where l, g or the number of layers was edited in the config."""
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
+    if strange := sorted(key for key in report["unexpected_keys"] if ".layers." in key or "_swiftkv" in key):
+        raise InputError(f"expected the weights that the config of {str(folder)!r} asks for, got {strange[0]} too")
+
+
+def config_of(folder: str | Path, **kwargs: Any) -> Any:
     """The config of the model in `folder`, or of that name (owner/name) on the hub where there is no such folder.
 
-    Raises `InputError` where there is none.
+    `kwargs`: of `from_pretrained`, of which those that say where it lies are used (revision, subfolder, ...). Raises
+    `InputError` where there is none.
     """
-    if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not _HUB.fullmatch(str(folder))):
+    where = {key: value for key, value in kwargs.items() if key in _WHERE and value is not None}
+    inside = Path(folder) / where.get("subfolder", "") / "config.json"
+    if not inside.is_file() and (Path(folder).exists() or not _HUB.fullmatch(str(folder))):
         raise InputError(f"expected a Hugging Face model folder with a config.json at {str(folder)!r}, found none")
     with reading(folder):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **where)
 
 
 @contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
     """Errors that a broken model folder causes, as one sentence that names it."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"expected a whole Hugging Face model in {str(folder)!r}: {first}") from None
 
@@ -81,8 +95,10 @@ def load(folder: str | Path, **kwargs: Any) -> Any:
 
     Raises `InputError` where there is none.
     """
-    kept = config_of(folder)
+    kept = config_of(folder, **kwargs)
     if str(kept.model_type).endswith("_swiftkv"):
         return SwiftKVForCausalLM.from_pretrained(folder, **kwargs)
     with reading(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, config=kept, **kwargs).eval()
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=kept, output_loading_info=True, **kwargs)
+    _check_whole(report, folder)
+    return model.eval()

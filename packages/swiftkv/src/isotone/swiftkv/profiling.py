@@ -184,7 +184,12 @@ def benchmark(
         first = compare(swift, full, rounds=rounds, warmup=warmup, device=device)
         ours, cache = decode_step(model, ids, kv_dtype, mode)
         with off():
-            theirs, base_cache = decode_step(whole, ids, "model", mode)
+            base_step, base_cache = decode_step(whole, ids, "model", mode)
+
+        def theirs(step: Callable[[], Tensor] = base_step) -> Tensor:
+            with off():
+                return step()
+
         more = compare(ours, theirs, rounds=rounds, warmup=warmup, device=device)
         points.append(
             BenchmarkPoint(

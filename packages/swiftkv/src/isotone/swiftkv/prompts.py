@@ -93,7 +93,13 @@ def check_extension(
 
 
 def check_positions(position_ids: Tensor, mask: Tensor | None, prompts: list[Prompt], cache: SwiftKVCache) -> None:
-    """Raise `InputError` where `position_ids` (batch, n) do not count each row on from its cached length."""
+    """Raise `InputError` where `position_ids` (batch or 1, n) do not count each row on from its cached length."""
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise InputError(f"expected position_ids to be whole numbers, got {position_ids.dtype}")
+    n = max(map(len, prompts)) if mask is None else mask.shape[1]
+    if tuple(position_ids.shape) not in ((len(prompts), n), (1, n)):
+        raise InputError(f"expected position_ids of shape ({len(prompts)}, {n}), got {tuple(position_ids.shape)}")
+    position_ids = position_ids.expand(len(prompts), n)
     for row, prompt in enumerate(prompts):
         given = position_ids[row] if mask is None else position_ids[row][mask[row].bool()]
         first = cache.lengths[row]
@@ -134,3 +140,9 @@ def check_cache(model: Any, cache: SwiftKVCache) -> None:
         raise InputError(f"expected a cache for {own}, got one for {cache.split}")
     if base and len(own.upper) and not model.config.teacher_weights:
         raise InputError("expected a model with its teacher's weights for a cache of every layer, they were dropped")
+    on = getattr(model.config, "swiftkv", True)
+    if len(own.upper) and base == on:
+        raise InputError(
+            f"expected a cache made {'outside' if on else 'inside'} model.teacher(), as it is used, got one of "
+            f"{cache.split.slots} slots"
+        )

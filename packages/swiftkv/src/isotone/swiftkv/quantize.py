@@ -72,7 +72,7 @@ class Codec:
     def encode(self, states: Float[Tensor, ...], scale: Tensor | float = 1.0) -> list[Tensor]:
         """The planes of `states` (..., width). `scale`: fp8's, broadcast against `states`; the others find their own.
 
-        fp8 saturates at 448 times its scale, int4 where its bottom is beyond fp16 (65504). int8 is off by at
+        fp8 saturates at 448 times its scale, fp16 and the bottom of int4 at 65504. int8 is off by at
         most half its scale.
         """
         if self.name == "fp8":
@@ -93,6 +93,8 @@ class Codec:
             codes = torch.round((numbers - low.float()) / step.float()).clamp(0, 15).to(torch.uint8).flatten(-2)
             packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
             return [packed, step.squeeze(-1), low.squeeze(-1)]
+        if self.name == "fp16":
+            states = states.clamp(-FP16_MAX, FP16_MAX)
         return [states.to(self.planes[0].dtype)]
 
     def decode(self, planes: list[Tensor], dtype: torch.dtype, scale: Tensor | float = 1.0) -> Tensor:

@@ -24,13 +24,13 @@ def tokenizer_of(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def encode(text: str, folder: Path, vocab_size: int, starts: bool = True) -> Int[Tensor, " n"]:
+def encode(text: str, folder: Path, vocab_size: int, starts: bool = True, tokenizer: Any = None) -> Int[Tensor, " n"]:
     """The ids of `text`, with the tokens that the tokenizer puts around a text where it `starts` one.
 
-    Raises `InputError` where there is no tokenizer and the model has too few tokens for bytes, or the tokenizer gives
-    ids that the model lacks.
+    `tokenizer`: the folder's, where it is loaded already. Raises `InputError` where there is no tokenizer and the model
+    has too few tokens for bytes, or the tokenizer gives ids that the model lacks.
     """
-    tokenizer = tokenizer_of(folder)
+    tokenizer = tokenizer or tokenizer_of(folder)
     if tokenizer is not None:
         ids = torch.tensor(tokenizer(text, add_special_tokens=starts)["input_ids"], dtype=torch.long)
         if len(ids) and int(ids.max()) >= vocab_size:
@@ -70,11 +70,20 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, vocab_size: int
 
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = messages[:number]
-            add(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True), False)
-            add(tokenizer.apply_chat_template(messages[: number + 1], tokenize=False), True)
+            add(_written(tokenizer, messages[:number], True), False)
+            add(_written(tokenizer, messages[: number + 1], False), True)
     if not ids:
         raise InputError("expected a message of the assistant")
     if max(ids) >= vocab_size:
         raise InputError(f"expected the tokenizer to give ids below the model's {vocab_size}, got {max(ids)}")
     return ids, labels
+
+
+def _written(tokenizer: Any, messages: list[dict[str, str]], answer: bool) -> str:
+    """The conversation as its template writes it, up to where an `answer` begins."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+    except TemplateError as error:
+        raise InputError(f"expected messages that the chat template takes: {error}") from None
