@@ -141,6 +141,7 @@ def test_arms_are_read():
         Experiment(digits, make_model("mlp", digits.shape, 10), Recipe(epochs=3), rewind=3)
 
 
+@pytest.mark.slow  # the smoke reproduction runs the same code
 def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
     """The same code at a tiny size; finished arms are not run again."""
     setting = dataclasses.replace(

@@ -1,7 +1,7 @@
 """The paper's claims, measured again (its grids, architecture search, strings and molecules, at our scale).
 
-All arms run on the same networks with the same budget. What each leaves open is tuned on a seed that is not evaluated,
-with as many tries: the baselines' exponent beta, OP's label. The spread is the standard error over seeds of the
+All arms run on the same networks with the same budget. What each leaves open is tuned on seeds that are not evaluated,
+with as many tries each: the baselines' exponent beta, OP's label. The spread is the standard error over seeds of the
 (paired) figure.
 """
 

@@ -9,7 +9,7 @@ from isotone.opgfn.experiments.grids import HyperSetting, MOOSetting
 from isotone.opgfn.experiments.molecules import MoleculeSetting
 from isotone.opgfn.experiments.strings import NasSetting, StringSetting
 
-TUNING_SEED = 1000
+TUNING_SEEDS = (1000, 1001, 1002)
 SINGLE_LABELS = ("pairwise", "all-pairs", "pareto", "buffer", "rank", "bce")
 MOLECULE_LABELS = {"op-tb": "OP-TB", "pc-tb": "PC-GFN", "gc-tb": "GC-GFN", "genetic": "genetic (NSGA-II)"}
 TABLES = ("moo-grid", "hypergrid", "nas", "strings", "fragments")

@@ -16,7 +16,7 @@ from isotone.opgfn.envs import MOOGrid
 from isotone.opgfn.experiments.grids import TRANSFORMS, hypergrid_arm, moo_arm
 from isotone.opgfn.experiments.molecules import MOLECULE_ARMS, MoleculeSetting, molecule_arm
 from isotone.opgfn.experiments.strings import NAS_ARMS, nas_arm, string_arm
-from isotone.opgfn.scales import MOLECULE_LABELS, TUNING_SEED, Scale
+from isotone.opgfn.scales import MOLECULE_LABELS, TUNING_SEEDS, Scale
 from isotone.shared.claims import Claim
 
 Arm = Callable[[str, Any, Callable[[], dict[str, Any]]], dict[str, Any]]
@@ -31,16 +31,19 @@ def _row(name: str, statement: str, unit: str, values: Iterable[float]) -> tuple
     return claimed(name, statement, "an arm of the claims above", unit, None), list(values)
 
 
-def _tuned(tried: tuple[Choice, ...], score: Callable[[Choice], float]) -> tuple[Choice, list[float]]:
-    """What does best on the tuning seed, and how each did; where there is one to choose from, that one."""
-    scores = [] if len(tried) == 1 else [score(one) for one in tried]
-    return (tried[scores.index(max(scores))] if scores else tried[0]), scores
+def _tuned(tried: tuple[Choice, ...], score: Callable[[Choice, int], float]) -> tuple[Choice, list[list[float]]]:
+    """What does best on the tuning seeds on average, and how each did; where there is one to choose from, that one."""
+    if len(tried) == 1:
+        return tried[0], []
+    scores = [[score(one, seed) for seed in TUNING_SEEDS] for one in tried]
+    means = [statistics.mean(values) for values in scores]
+    return tried[means.index(max(means))], scores
 
 
-def _tries(name: str, what: str, unit: str, tried: Sequence[Any], scores: list[float]) -> Rows:
-    """How every try did on the tuning seed."""
+def _tries(name: str, what: str, unit: str, tried: Sequence[Any], scores: list[list[float]]) -> Rows:
+    """How every try did on the tuning seeds."""
     return [
-        _row(f"{name}-{value}", f"{what} {value}, tuning seed", unit, [score])
+        _row(f"{name}-{value}", f"{what} {value}, tuning seeds", unit, score)
         for value, score in zip(tried, scores, strict=bool(scores))
     ]
 
@@ -54,7 +57,7 @@ def moo_table(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
     def quality(result: dict[str, Any]) -> float:
         return result["mass"] * result["cells"] / result["of"]
 
-    beta, scores = _tuned(setting.pc_betas, lambda b: quality(one("pc-tb", b, TUNING_SEED)))
+    beta, scores = _tuned(setting.pc_betas, lambda b, seed: quality(one("pc-tb", b, seed)))
     ours, preference, scalar = [], [], []
     for seed in seeds:
         ours.append(one("op-tb", 1.0, seed))
@@ -165,11 +168,11 @@ def nas_table(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
     def one(name: str, beta: float, label: str | None, seed: int) -> dict[str, Any]:
         return arm(f"nas {name} {beta:g} {label} {seed}", nas, lambda: nas_arm(nas, name, beta, label, seed))
 
-    def final(name: str, beta: float = 1.0, label: str | None = None) -> float:
-        return one(name, beta, label, TUNING_SEED)["final"]
+    def final(name: str, seed: int, beta: float = 1.0, label: str | None = None) -> float:
+        return one(name, beta, label, seed)["final"]
 
-    beta, scores = _tuned(setting.nas_betas, lambda b: final("tb", beta=b))
-    label, tried = _tuned(setting.nas_labels, lambda chosen: final("op-tb", label=chosen))
+    beta, scores = _tuned(setting.nas_betas, lambda b, seed: final("tb", seed, beta=b))
+    label, tried = _tuned(setting.nas_labels, lambda chosen, seed: final("op-tb", seed, label=chosen))
     options = {"op": (1.0, label), "tb": (beta, None)}
     found = {name: [one(name, *options.get(name[:2], (1.0, None)), seed) for seed in seeds] for name in NAS_ARMS}
 
@@ -220,8 +223,8 @@ def strings_table(setting: Scale, seeds: tuple[int, ...], arm: Arm) -> Table:
         key = f"strings {name} {beta:g} {label} {seed}"
         return arm(key, strings, lambda: string_arm(strings, name, beta, label, seed))
 
-    beta, scores = _tuned(setting.string_betas, lambda b: one("tb", b, None, TUNING_SEED)["top"])
-    label, tried = _tuned(setting.string_labels, lambda chosen: one("op-tb", 1.0, chosen, TUNING_SEED)["top"])
+    beta, scores = _tuned(setting.string_betas, lambda b, seed: one("tb", b, None, seed)["top"])
+    label, tried = _tuned(setting.string_labels, lambda chosen, seed: one("op-tb", 1.0, chosen, seed)["top"])
     ours = [one("op-tb", 1.0, label, seed) for seed in seeds]
     reward = [one("tb", beta, None, seed) for seed in seeds]
     chance = [one("random", 1.0, None, seed) for seed in seeds]
@@ -303,19 +306,19 @@ def _molecule_arms(
 
         return arm(f"fragments {pair} {name} {beta:g} {label} {seed}", molecule, function)
 
-    def volume(name: str, beta: float = 1.0, label: str | None = None) -> float:
-        return one(name, beta, label, TUNING_SEED)["hypervolume"]
+    def volume(name: str, seed: int, beta: float = 1.0, label: str | None = None) -> float:
+        return one(name, beta, label, seed)["hypervolume"]
 
     rows: Rows = []
     options: dict[str, tuple[float, str | None]] = {}
     chosen: dict[str, str] = {}
     title = f"Fragments, {' x '.join(name.upper() for name in molecule.objectives)}: hypervolume of"
     for name in ("pc-tb", "gc-tb"):
-        beta, scores = _tuned(setting.molecule_betas, lambda b: volume(name, beta=b))  # noqa: B023
+        beta, scores = _tuned(setting.molecule_betas, lambda b, seed: volume(name, seed, beta=b))  # noqa: B023
         options[name], chosen[name] = (beta, None), f", beta {beta:g}"
         said = f"{title} {MOLECULE_LABELS[name]}, beta"
         rows += _tries(f"tried-{pair}-{name}", said, "volume", setting.molecule_betas, scores)
-    label, scores = _tuned(setting.molecule_labels, lambda tried: volume("op-tb", label=tried))
+    label, scores = _tuned(setting.molecule_labels, lambda tried, seed: volume("op-tb", seed, label=tried))
     options["op-tb"], chosen["op-tb"] = (1.0, label), f", {label}"
     rows += _tries(f"tried-{pair}-op-tb", f"{title} OP-TB, label", "volume", setting.molecule_labels, scores)
     found = {name: [one(name, *options.get(name, (1.0, None)), seed) for seed in seeds] for name in MOLECULE_ARMS}

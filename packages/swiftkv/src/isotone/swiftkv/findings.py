@@ -306,6 +306,8 @@ def _title(name: str) -> str:
 def figures(
     texts: list[dict[str, Any]], recalls: list[dict[str, Any]], side: dict[str, Any], arms: Arms
 ) -> dict[str, Any]:
+    from matplotlib.ticker import LogLocator
+
     names = [f"l{e}-g{g}" for e, g in arms]
     labels = [f"l={e}/8\ng={g}" for e, g in arms]
     places = list(range(len(names)))
@@ -370,6 +372,7 @@ def figures(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     for point in side["curve"]:
