@@ -162,3 +162,9 @@ def test_cached_logits_are_the_student_s():
         wanted = model(input_ids=tokens).logits
     close(cached_logits(model, "fp32")(tokens), wanted)
     assert not torch.allclose(cached_logits(model, "int4")(tokens), wanted, atol=1e-3)
+
+
+def test_fp16_saturates():
+    codec = Codec("fp16", 2, torch.float32)
+    found = codec.decode(codec.encode(torch.tensor([[1e6, -1e6]])), torch.float32)
+    assert found.tolist() == [[65504.0, -65504.0]]

@@ -218,3 +218,38 @@ def test_base_training():
     with pytest.raises(InputError, match="finite"):
         train_base(model, lambda step: (tokens, tokens), 5, float("inf"))
     assert train_recall(make(vocab_size=RECALL_VOCAB), batch=2, copying=2, recalling=3) == 5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek-v2", "llama-bias", "mistral-window"])
+def test_copied_keys_of_every_family(family):
+    """As many layers kept as there are but one, and layer l - 1's keys given to the last: the queries' norms count."""
+    model = convert(make(family), 5)
+    arm = CopiedKeyValues(model)
+    with torch.no_grad():
+        found = arm(ids(2, 7))
+        assert found.isfinite().all() and found.shape == (2, 7, 97)
+        for name, module in arm.queries.items():
+            if "norm" in name:
+                module.weight.mul_(3)
+                assert not torch.allclose(arm(ids(2, 7)), found, atol=1e-3), name
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_baseline(arm, lambda step: Batch(ids(2, 7)), DistillConfig(steps=3, lr=1e-2))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not torch.allclose(arm(ids(2, 7)), found, atol=1e-3)
+
+
+def test_suggestions_do_not_depend_on_the_mode():
+    base = make(attention_dropout=0.5).train()
+    first, second = (suggest_l(base, [ids(2, 8)]) for _ in range(2))
+    assert first == second and first.kl[-1] < 1e-6 and base.training
+    for bad in (ids(2, 8) + 97, ids(2, 8)[:, :0]):
+        with pytest.raises(InputError, match="ids"):
+            suggest_l(base, [bad])
+
+
+def test_examples_whose_answers_are_cut_off_are_left_out():
+    long = ([1] * 9, [-100] * 8 + [1])
+    rows = pack([long, ([2, 3], [-100, 3])], 6)
+    assert len(rows) == 1 and rows[0].input_ids.tolist() == [[2, 3, 0, 0, 0, 0]]
+    with pytest.raises(InputError, match="none of 1"):
+        pack([long], 6)

@@ -207,6 +207,13 @@ def test_benchmark_is_beside_the_teacher_or_a_base():
         (["suggest", "base", "--text", "talk.jsonl"], "talk.jsonl"),
         (["benchmark", "swift", "--num-key-value-layers", "2"], "its own 3"),
         (["flops", "many-words"], "many-words"),
+        (["flops", "base/model.safetensors"], "model.safetensors"),
+        (["distill", "swift", "--text", "text.txt", "--export", "foo"], "foo"),
+        (["convert", "base", "--num-key-value-layers", "3", "--export", "foo"], "foo"),
+        (["distill", "swift", "--text", "text.txt", "--train", "full", "--export", "dual"], "full"),
+        (["distill", "swift", "--text", "text.txt", "--seeds", "0,1"], "0,1"),
+        (["generate", "swift", "--prompt", "a", "--seeds", "0,1"], "0,1"),
+        (["export", "student", "--format", "dual"], "dual"),
         (["bench", "--size", "gpu"], "GPU"),
     ],
 )
@@ -218,6 +225,7 @@ def test_refusals(folder, argv, words):
     (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
     if not (folder / "other").exists():
         make(vocab_size=300).save_pretrained(folder / "other")
+        load(folder / "swift").save_pretrained(folder / "student", export="swift")
     result = run_cli(app, [*argv, "--device", "cpu"], folder)
     assert result.code == 2 and words in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -352,3 +360,24 @@ def test_a_name_on_the_hub_goes_to_transformers(folder, monkeypatch):
     for name in ("name-alone", "a/b/c", str(folder)):
         with pytest.raises(InputError, match="model folder"):
             loading.config_of(name)
+
+
+def test_lines_are_lines_and_the_tokenizer_is_read_once(tmp_path, monkeypatch):
+    from isotone.swiftkv import tokens
+
+    chat_tokenizer(tmp_path)
+    calls = []
+    whole = tokens.tokenizer_of
+    monkeypatch.setattr(tokens, "tokenizer_of", lambda folder: calls.append(1) or whole(folder))
+    line = json.dumps({"prompt": "what\u2028is\u0085it", "completion": "one"}, ensure_ascii=False)
+    (tmp_path / "talk.jsonl").write_text("\n".join([line] * 5), encoding="utf-8")
+    assert len(cli._examples(tmp_path / "talk.jsonl", tmp_path, make())) == 5 and len(calls) == 1
+
+
+def test_what_a_chat_template_refuses_is_one_sentence(tmp_path):
+    chat_tokenizer(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{{ raise_exception('no system role') }}")
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "one"}]}))
+    with pytest.raises(InputError, match="no system role, on line 1"):
+        cli._examples(tmp_path / "talk.jsonl", tmp_path, make())

@@ -364,3 +364,46 @@ def test_a_batch_is_of_matching_shapes():
         Batch(ids(2, 5)[0])
     with pytest.raises(InputError, match="0 to 96"):
         distill(convert(make(), 2), lambda step: Batch(ids(2, 5) + 97), steps=1)
+
+
+@pytest.mark.parametrize("train", ["norms", "full"])
+def test_a_run_that_breaks_off_leaves_the_model_as_it_was(train):
+    model = convert(make(initializer_range=0.1), 2, 2)
+    with torch.no_grad(), model.teacher():
+        wanted = model(input_ids=ids(1, 9)).logits
+    seen = []
+
+    def stop(step, loss):
+        with pytest.raises(InputError, match="teacher"), model.teacher():
+            pass
+        seen.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, lambda step: batch(step), steps=9, lr=1e-2, train=train, on_step=stop)
+    with torch.no_grad(), model.teacher():
+        assert torch.equal(model(input_ids=ids(1, 9)).logits, wanted) and seen == [1, 2, 3]
+    history = distill(model, lambda step: batch(step), steps=1)
+    fresh = distill(convert(make(initializer_range=0.1), 2, 2), lambda step: batch(step), steps=1)
+    # the new projections were trained on; the teacher and all that is shared with it were not
+    assert history.losses[0] < fresh.losses[0]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "swiftkv" in name
+    }
+
+
+def test_the_weights_that_a_run_starts_from_are_part_of_it(tmp_path):
+    data = Windows(ids(1, 300)[0], 12, 2)
+    distill(convert(make(), 2, 2), data, steps=2, folder=tmp_path, checkpoint_every=1)
+    other = convert(make(), 2, 2)
+    with torch.no_grad():
+        other.model.layers[3].self_attn.q_proj_swiftkv.weight.mul_(2)
+    with pytest.raises(InputError, match="base"):
+        distill(other, data, steps=2, folder=tmp_path)
+
+
+def test_labels_that_ask_for_nothing_are_refused():
+    nothing = torch.full((2, 5), -100)
+    with pytest.raises(InputError, match="learn from at step 0|token to learn from"):
+        distill(convert(make(), 2), lambda step: Batch(ids(2, 5), nothing), steps=1)

@@ -347,3 +347,37 @@ def test_models_of_other_kinds_are_refused():
             make_cache(model, 1, 8)
         with pytest.raises(InputError, match=words):
             extend(model, ragged([3]), SwiftKVCache(model.config, 1, 8))
+
+
+def test_a_cache_is_used_where_it_was_made():
+    """Inside teacher() it computes the base, outside the student: never one with the other's."""
+    model = shaken(convert(make(), 2, 1))
+    outside = make_cache(model, 1, 8)
+    with model.teacher():
+        inside = make_cache(model, 1, 8)
+        with pytest.raises(InputError, match="inside"):
+            extend(model, ragged([3]), outside)
+    with pytest.raises(InputError, match="outside"):
+        extend(model, ragged([3]), inside)
+    assert inside.lengths == outside.lengths == [0]
+
+
+@pytest.mark.parametrize(
+    "positions", [torch.arange(5)[None], torch.arange(4.0)[None], torch.zeros(3, 4, dtype=torch.long)]
+)
+def test_positions_of_another_shape_are_refused(positions):
+    model = convert(make(), 2)
+    with pytest.raises(InputError, match="position_ids"):
+        prefill(model, ids(2, 4), make_cache(model, 2, 8), position_ids=positions)
+
+
+@pytest.mark.parametrize("family, name", [("qwen3", "k_norm"), ("deepseek-v2", "kv_a_layernorm")])
+def test_a_hook_on_a_key_s_norm_counts(family, name):
+    model = shaken(convert(make(family), 2, 2))
+    for number in (2, 4):
+        norm = getattr(model.model.layers[number].self_attn, name + "_swiftkv")
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    rows = ragged([70])
+    cache = make_cache(model, 1, 71)
+    close(extend(model, rows, cache), full(model, rows))
+    close(decode(model, rows[0][:1], cache), full(model, [torch.cat([rows[0], rows[0][:1]])]))

@@ -209,3 +209,34 @@ def test_biases_that_arctic_drops_are_refused(tmp_path):
     with pytest.raises(InputError, match="attention_bias"):
         export_arctic(convert(make("llama-bias"), 2, 1), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_too_few_or_too_many_weights_is_no_model(tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="up_proj.weight is missing"):
+        load(tmp_path / "base")
+    make().save_pretrained(tmp_path / "more")
+    _edit(tmp_path / "more", num_hidden_layers=5)
+    with pytest.raises(InputError, match=r"layers\.5"):
+        load(tmp_path / "more")
+    convert(make(), 2, 1).save_pretrained(tmp_path / "swift")
+    _edit(tmp_path / "swift", key_value_group_size=2)
+    with pytest.raises(InputError, match="swiftkv"):
+        load(tmp_path / "swift")
+    _edit(tmp_path / "more", num_hidden_layers="four")
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        load(tmp_path / "more")
+
+
+def _edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_where_a_model_lies_is_said_to_its_config_too(tmp_path):
+    convert(make(), 2, 1).save_pretrained(tmp_path / "part")
+    model = SwiftKVForCausalLM.from_pretrained(tmp_path, subfolder="part")
+    assert model.split.num_key_value_layers == 2

@@ -70,7 +70,8 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, vocab_size: int
 
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            add(_written(tokenizer, messages[:number], True), False)
+            if number:
+                add(_written(tokenizer, messages[:number], True), False)
             add(_written(tokenizer, messages[: number + 1], False), True)
     if not ids:
         raise InputError("expected a message of the assistant")
