@@ -25,7 +25,7 @@ class Scale:
     nas: NasSetting
     strings: StringSetting
     molecules: tuple[MoleculeSetting, ...]
-    pc_betas: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0, 64.0, 128.0)
+    pc_betas: tuple[float, ...] = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
     hyper_betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     nas_betas: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
     string_betas: tuple[float, ...] = (1.0, 3.0, 8.0, 16.0, 32.0, 64.0)
