@@ -42,7 +42,7 @@ BASELINES = (
     *("grasp", "grasp@init", "grasp:100", "grasp:100@init", "synflow", "synflow@init"),
     *("magnitude", "magnitude@init", "random", "erk"),
 )
-TEACHER_TEST = 4096
+TEACHER_TEST = 4000
 VALUES = ("kl", "loss")
 """The objectives that every ticket is evaluated with."""
 
@@ -74,12 +74,12 @@ _RESNET = Scale(
 )
 SCALES = {
     "smoke": Scale(
-        recipe=Recipe(epochs=6),
+        recipe=Recipe(epochs=4),
         rewind=1,
-        config=SearchConfig(epochs=6, cache_dense="examples"),
+        config=SearchConfig(epochs=6),
         seeds=(0,),
         arms=("cts", "cts:loss", "ltr", "snip", "magnitude"),
-        curve=("cts", "ltr"),
+        curve=("cts", "magnitude"),
         densities=(MODERATE,),
         known_epochs=50,
     ),
@@ -186,7 +186,7 @@ def _known(experiment: Experiment, regression_epochs: int, seed: int) -> dict[st
         features_fn=network.features,
     )
     sparse, unseen = result.ticket.apply(teacher.params), (x[examples:], y[examples:])
-    found["teacher"] = 100 * accuracy(network.apply, sparse, unseen, batch_size=TEACHER_TEST)
+    found["teacher"] = 100 * accuracy(network.apply, sparse, unseen, batch_size=len(experiment.test[1]))
     found["jaccard"] = teacher.jaccard(result.ticket)
     return found
 
