@@ -230,4 +230,4 @@ def _random_scores(weights: dict[str, Any], key: Array) -> dict[str, np.ndarray]
 
 def _by_layer(scores: dict[str, np.ndarray], counts: dict[str, int]) -> Ticket:
     flat = {name: top_k(value.reshape(-1), counts[name]) for name, value in scores.items()}
-    return Ticket({name: flat[name].reshape(value.shape) for name, value in scores.items()})
+    return Ticket({name: jax.device_put(flat[name].reshape(value.shape)) for name, value in scores.items()})
