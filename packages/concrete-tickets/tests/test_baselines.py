@@ -49,7 +49,7 @@ def test_snip_is_its_definition():
     found = scores("snip", toy.apply, PARAMS, BATCH)
     for i in range(3):
         expected = jnp.abs(PARAMS[f"l{i}"]["kernel"] * gradient[f"l{i}"]["kernel"])
-        assert jnp.allclose(found[f"l{i}/kernel"], expected, atol=1e-6)
+        assert np.allclose(found[f"l{i}/kernel"], expected, atol=1e-6)
     assert snip(toy.apply, PARAMS, BATCH, 0.2).kept == kept_count(0.2, 103)
 
 
@@ -65,9 +65,9 @@ def test_grasp_is_the_signed_hessian_product():
         return cross_entropy(params, GRASP_TEMPERATURE)
 
     flat = jnp.concatenate([w.reshape(-1) for w in KERNELS.values()])
-    removal = -flat * (jax.hessian(loss)(flat) @ jax.grad(loss)(flat))
+    removal = -flat * jax.jit(lambda w: jax.hessian(loss)(w) @ jax.grad(loss)(w))(flat)
     found = jnp.concatenate([s.reshape(-1) for s in scores("grasp", toy.apply, PARAMS, BATCH).values()])
-    assert jnp.allclose(found, -removal, rtol=1e-3, atol=1e-5 * float(jnp.abs(removal).max()))
+    assert np.allclose(found, -removal, rtol=1e-3, atol=1e-5 * float(jnp.abs(removal).max()))
     ticket = grasp(toy.apply, PARAMS, BATCH, 0.3)
     kept = jnp.concatenate([ticket.masks[n].reshape(-1) for n in names])
     assert float(removal[kept].max()) <= float(removal[~kept].min()) + 1e-9
@@ -78,17 +78,17 @@ def test_synflow_conserves_its_flow_and_keeps_the_signs():
     totals = [float(s.sum()) for s in found.values()]
     assert np.allclose(totals, 1.0, rtol=1e-4), "each layer carries the whole flow (of log R: 1)"
     hidden_in, hidden_out = found["l0/kernel"].sum(0), found["l1/kernel"].sum(1)
-    assert jnp.allclose(hidden_in, hidden_out, rtol=1e-4, atol=1e-6), "what goes into a unit comes out"
+    assert np.allclose(hidden_in, hidden_out, rtol=1e-4, atol=1e-6), "what goes into a unit comes out"
     before = jax.tree.map(lambda x: x.copy(), PARAMS)
     ticket = synflow(linear, PARAMS, DATA[0], 0.1)
     assert ticket.kept == kept_count(0.1, 103) and not ticket.collapsed()
-    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(PARAMS), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(PARAMS), strict=True))
 
 
 def test_rounds_are_nested_and_differ_from_one_shot():
     once, often = (snip(toy.apply, PARAMS, BATCH, 0.1, rounds=r) for r in (1, 20))
     assert once.kept == often.kept
-    assert any(not jnp.array_equal(once.masks[n], often.masks[n]) for n in once.masks)
+    assert any(not np.array_equal(once.masks[n], often.masks[n]) for n in once.masks)
     assert grasp(toy.apply, PARAMS, BATCH, 0.1, rounds=5).kept == once.kept
     with pytest.raises(InputError, match="rounds"):
         snip(toy.apply, PARAMS, BATCH, 0.1, rounds=0)
@@ -150,7 +150,7 @@ def test_imp_rewinds_prunes_and_resumes(tmp_path):
         assert all(bool(jnp.all(before.masks[n] | ~after.masks[n])) for n in before.masks), "nested"
     (tmp_path / "round-003.safetensors").unlink()
     again = imp(watched, PARAMS, 0.3, keep=0.6, folder=tmp_path)
-    assert len(seen) == 4 and all(jnp.array_equal(again[-1].masks[n], m) for n, m in tickets[-1].masks.items())
+    assert len(seen) == 4 and all(np.array_equal(again[-1].masks[n], m) for n, m in tickets[-1].masks.items())
     assert len(imp(watched, PARAMS, 0.3, keep=0.6, stop=lambda done: done == 1)) == 1
     with pytest.raises(InputError, match="keep"):
         imp(watched, PARAMS, 0.3, keep=1.0)
@@ -165,7 +165,7 @@ def test_gradual_pruning_ends_at_the_density():
     assert schedule.density(0.1, 0, 10) == 1.0 and abs(schedule.density(0.1, 5, 10) - 0.1) < 1e-9
     state, ticket = gradual_magnitude(toy.TRAINER, PARAMS, DATA, 0.2, schedule=schedule)
     assert ticket.kept == kept_count(0.2, 103)
-    assert all(jnp.array_equal(a, b) for a, b in zip(
+    assert all(np.array_equal(a, b) for a, b in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(ticket.apply(state.params)), strict=True))  # fmt: skip
     assert 0 <= accuracy(toy.apply, state.params, DATA) <= 1
 
@@ -185,7 +185,7 @@ def test_sanity_checks_report_what_hurts():
     assert report.passed() == {"shuffled": True, "inverted": True, "reinitialised": False}
     assert report.passed(0.5) == {"shuffled": False, "inverted": True, "reinitialised": False}
     assert report.tickets["shuffled"].layer_densities() == ticket.layer_densities()
-    assert not jnp.array_equal(calls[2][0]["l0"]["kernel"], PARAMS["l0"]["kernel"])
+    assert not np.array_equal(calls[2][0]["l0"]["kernel"], PARAMS["l0"]["kernel"])
     with pytest.raises(InputError, match="l0/kernel"):
         sanity_check(ticket, toy.params(sizes=(7, 8, 5, 3)), evaluate, key=jax.random.key(0))
     assert isinstance(report.tickets["inverted"], Ticket)

@@ -151,6 +151,7 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
         config=SearchConfig(epochs=1, batch_size=400),
         arms=("cts", "ltr", "snip", "magnitude"),
         known_epochs=1,
+        teacher=False,
         model="mlp",
     )
     monkeypatch.setitem(reproduce.SCALES, "gpu", setting)
@@ -166,6 +167,15 @@ def test_the_gpu_scale_runs_small_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(Experiment, "start", None)
     again = reproduce.reproduce("gpu", run)
     assert [m.measured for m in again.measurements] == [m.measured for m in report.measurements]
+
+
+@pytest.mark.slow  # two searches to compile, of problems that have tests of their own
+def test_a_scale_runs_the_known_problems():
+    setting = reproduce.SCALES["cpu"]
+    images = load_images("digits")
+    found = reproduce._known(reproduce._experiment(setting, images), setting, 0)
+    assert found["separated_exact"] == 1 and found["normal_energy"] > 0.85
+    assert found["teacher"] > 30 and 0 < found["jaccard"] < 1, "chance is 10 %"
 
 
 def test_the_benchs_peer_is_the_same_search():

@@ -45,13 +45,13 @@ def test_exact_count_and_history():
 FORMS = [(name, "grad_balance") for name in OBJECTIVES] + [("loss", "lagrangian"), ("feature_mse", "lagrangian")]
 
 
-def first_steps(mesh):
+def first_steps(forms, mesh):
     """The first step's metrics and direction (Adam's first moment) of every form, in one program."""
     layout = Layout.of(PARAMS)
 
     def steps(x, y):
         found = {}
-        for objective, controller in FORMS:
+        for objective, controller in forms:
             config = dataclasses.replace(SMALL, controller=controller)
             spec = SearchSpec(toy.apply, objective, layout, config, 4, toy.features, mesh=mesh)
             index = spec.share(jnp.arange(16))
@@ -65,18 +65,19 @@ def first_steps(mesh):
     return jax.jit(steps)(*DATA)
 
 
-def test_every_objective_and_controller_on_one_device_and_on_four():
-    one = first_steps(None)
+@pytest.mark.parametrize("forms", [FORMS[:1] + FORMS[-1:], pytest.param(FORMS[1:-1], marks=pytest.mark.slow)])
+def test_every_objective_and_controller_on_one_device_and_on_four(forms):
+    one = first_steps(forms, None)
     for form, (metrics, direction) in one.items():
         assert float(metrics["gradient"]) > 0 and bool(jnp.isfinite(direction).all()), form
     if jax.device_count() < 4:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=4")
-    four = first_steps(jax.make_mesh((4,), ("data",)))
+    four = first_steps(forms, jax.make_mesh((4,), ("data",)))
     for form, (metrics, direction) in one.items():
         for name, value in metrics.items():
-            assert jnp.allclose(value, four[form][0][name], rtol=1e-5, atol=1e-6), (form, name)
+            assert np.allclose(value, four[form][0][name], rtol=1e-5, atol=1e-6), (form, name)
         scale = float(jnp.abs(direction).max())
-        assert jnp.allclose(direction, four[form][1], atol=1e-4 * scale), form
+        assert np.allclose(direction, four[form][1], atol=1e-4 * scale), form
 
 
 def test_the_lagrangian_ends_at_the_exact_count():
@@ -130,7 +131,7 @@ def test_scan_is_the_python_loop():
     for epoch in range(3):
         for index in epoch_order(key, epoch, 64, 16):
             state, _ = step(PARAMS, state, Batch(DATA[0][index], DATA[1][index]), key, jnp.float32(0.1))
-    assert all(jnp.array_equal(state.logits[n], a) for n, a in result.logits.items())
+    assert all(np.array_equal(state.logits[n], a) for n, a in result.logits.items())
 
 
 def test_same_key_same_ticket_and_densities_side_by_side():
@@ -140,10 +141,10 @@ def test_same_key_same_ticket_and_densities_side_by_side():
     for one, other in zip(alone, together, strict=True):
         assert one.ticket.kept == other.ticket.kept
         for name in one.logits:
-            assert jnp.allclose(one.logits[name], other.logits[name], atol=1e-3)
-    assert not jnp.array_equal(alone[0].logits["l0/kernel"], alone[1].logits["l0/kernel"])
+            assert np.allclose(one.logits[name], other.logits[name], atol=1e-3)
+    assert not np.array_equal(alone[0].logits["l0/kernel"], alone[1].logits["l0/kernel"])
     again = run(0.1, key=jax.random.key(0))
-    assert all(jnp.array_equal(again.logits[n], alone[0].logits[n]) for n in again.logits)
+    assert all(np.array_equal(again.logits[n], alone[0].logits[n]) for n in again.logits)
     with_dense = run([0.1, 1.0])
     assert with_dense[1].ticket.density == 1 and with_dense[0].ticket.density < 0.2
 
@@ -155,7 +156,7 @@ def test_four_devices_find_what_one_does():
     one, four = run(0.1), run(0.1, mesh=mesh)
     for name in one.history:
         assert np.allclose(one.history[name], four.history[name], rtol=1e-3, atol=1e-5), name
-    assert all(jnp.allclose(one.logits[n], four.logits[n], atol=2e-3) for n in one.logits)
+    assert all(np.allclose(one.logits[n], four.logits[n], atol=2e-3) for n in one.logits)
     with pytest.raises(InputError, match="mesh"):
         run(0.1, batch_size=18, mesh=mesh)
 
@@ -205,7 +206,7 @@ def test_seeds_search_weights_of_their_own():
     for i, (own, density) in enumerate([(params, 0.1), (other, 0.1), (params, 0.3), (other, 0.3)]):
         alone = run_on(own, density, key=keys[i % 2])
         assert alone.ticket.kept == together[i].ticket.kept
-        assert all(jnp.allclose(alone.logits[n], a, atol=1e-3) for n, a in together[i].logits.items())
+        assert all(np.allclose(alone.logits[n], a, atol=1e-3) for n, a in together[i].logits.items())
     with pytest.raises(InputError, match="leading axis of 3"):
         run_on(stacked, 0.1, key=jax.random.split(jax.random.key(1), 3), params_per_key=True)
     with pytest.raises(InputError, match="a key or an array"):
@@ -229,7 +230,7 @@ def test_resumed_search_is_the_uninterrupted_one(tmp_path, monkeypatch):
         run(0.1, checkpoint=tmp_path / "killed", checkpoint_every=1)
     resumed = run(0.1, checkpoint=tmp_path / "killed", checkpoint_every=1)
     assert len(calls) == 4, "epochs 2 and 3 alone are run after the kill"
-    assert all(jnp.array_equal(whole.logits[n], resumed.logits[n]) for n in whole.logits)
+    assert all(np.array_equal(whole.logits[n], resumed.logits[n]) for n in whole.logits)
     assert all(np.array_equal(whole.history[n], resumed.history[n]) for n in whole.history)
     with pytest.raises(InputError, match="other epochs"):
         run(0.1, epochs=6, checkpoint=tmp_path / "killed")
@@ -270,10 +271,10 @@ def test_permuting_hidden_units_permutes_the_ticket():
             sparse = Network(toy.apply, masked(params, {n: relaxed_mask(a[n], drawn[n]) for n in drawn}), layout.names)
             return OBJECTIVES["kl"](sparse, Network(toy.apply, params, ()), Batch(x, y), jax.random.key(0))
 
-        gradients.append(jax.grad(value)(jax.tree.map(lambda v: jnp.full(v.shape, -2.0), drawn)))
-    assert jnp.allclose(gradients[0]["l0/kernel"][:, order], gradients[1]["l0/kernel"], atol=1e-6)
-    assert jnp.allclose(gradients[0]["l1/kernel"][order], gradients[1]["l1/kernel"], atol=1e-6)
-    assert jnp.allclose(gradients[0]["l2/kernel"], gradients[1]["l2/kernel"], atol=1e-6)
+        gradients.append(jax.jit(jax.grad(value))(jax.tree.map(lambda v: jnp.full(v.shape, -2.0), drawn)))
+    assert np.allclose(gradients[0]["l0/kernel"][:, order], gradients[1]["l0/kernel"], atol=1e-6)
+    assert np.allclose(gradients[0]["l1/kernel"][order], gradients[1]["l1/kernel"], atol=1e-6)
+    assert np.allclose(gradients[0]["l2/kernel"], gradients[1]["l2/kernel"], atol=1e-6)
 
 
 def test_known_optimum_is_found():
@@ -295,7 +296,7 @@ def test_planted_teacher_is_a_problem_with_an_answer():
     params = toy.params(sizes=(32, 24, 12, 4))
     problem = planted_teacher(jax.random.key(0), toy.apply, params, 0.2, examples=256)
     x, y = problem.data
-    assert jnp.array_equal(jnp.argmax(toy.apply(problem.best.apply(problem.params), x), -1), y)
+    assert np.array_equal(jnp.argmax(toy.apply(problem.best.apply(problem.params), x), -1), y)
     assert problem.jaccard(problem.best) == 1
     found = search(toy.apply, problem.params, problem.data, 0.2, problem.objective, epochs=60, batch_size=128)
     right = jnp.mean(jnp.argmax(toy.apply(found.ticket.apply(problem.params), x), -1) == y)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from isotone.concrete_tickets import Recipe, Trainer
 
@@ -11,8 +12,8 @@ SIZES = (6, 8, 5, 3)
 def params(seed=0, sizes=SIZES):
     found = {}
     for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
-        key = jax.random.key(seed * 100 + i)
-        found[f"l{i}"] = {"kernel": jax.random.normal(key, (a, b)) * (2 / a) ** 0.5, "bias": jnp.full(b, 0.01)}
+        kernel = np.random.default_rng(seed * 100 + i).normal(size=(a, b)) * (2 / a) ** 0.5
+        found[f"l{i}"] = jax.device_put({"kernel": np.float32(kernel), "bias": np.full(b, 0.01, np.float32)})
     return found
 
 
@@ -34,8 +35,8 @@ def features(p, x):
 
 
 def data(n=64, seed=9):
-    x = jax.random.normal(jax.random.key(seed), (n, SIZES[0]))
-    return x, jnp.argmax(x[:, :3] + 0.5 * x[:, 3:], -1)
+    x = np.random.default_rng(seed).normal(size=(n, SIZES[0]))
+    return jnp.asarray(x, jnp.float32), jnp.asarray(np.argmax(x[:, :3] + 0.5 * x[:, 3:], -1), jnp.int32)
 
 
 RECIPE = Recipe(epochs=4, batch_size=16)

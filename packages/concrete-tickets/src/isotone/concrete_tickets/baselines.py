@@ -161,20 +161,15 @@ def _iterate(kind, apply_fn, params, batch, density, rounds, where, objective=No
         raise InputError(f"expected rounds to be at least 1, got {rounds}")
     layout = Layout.of(params, where)
     count = kept_count(density, layout.total)
-    mask: Any = np.ones(layout.total, bool)
+    mask = np.ones(layout.total, bool)
     for number in range(1, rounds + 1):
         kept = count if number == rounds else max(count, round(layout.total * density ** (number / rounds)))
-        mask, finite = _round(kind, apply_fn, layout, objective, features_fn, params, mask, batch, kept)
-        if not finite:
+        share = mask.astype(np.float32)
+        value = np.asarray(_scores(kind, apply_fn, layout, objective, features_fn, params, share, batch))
+        if not np.isfinite(value).all():
             raise InputError(f"expected finite scores, got NaN or infinity in round {number} of {kind}")
+        mask = top_k(np.where(mask, value, -np.inf), kept)
     return Ticket._of(layout, mask)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _round(kind, apply_fn, layout, objective, features_fn, params, mask, batch, kept) -> tuple[Array, Array]:
-    """The `kept` weights of `mask` with the highest scores, and whether the scores are finite."""
-    value = _scores(kind, apply_fn, layout, objective, features_fn, params, mask.astype(jnp.float32), batch)
-    return top_k(jnp.where(mask, value, -jnp.inf), kept), jnp.isfinite(value).all()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -235,4 +230,4 @@ def _random_scores(weights: dict[str, Any], key: Array) -> dict[str, np.ndarray]
 
 def _by_layer(scores: dict[str, np.ndarray], counts: dict[str, int]) -> Ticket:
     flat = {name: top_k(value.reshape(-1), counts[name]) for name, value in scores.items()}
-    return Ticket({name: flat[name].reshape(value.shape) for name, value in scores.items()})
+    return Ticket({name: jax.device_put(flat[name].reshape(value.shape)) for name, value in scores.items()})

@@ -205,7 +205,8 @@ def _numbers(
         "planted-jaccard": "jaccard",
     }
     for name, what in known.items():
-        found[name] = [generator[what] for generator in generators]
+        if all(what in generator for generator in generators):
+            found[name] = [generator[what] for generator in generators]
     for name, arm in (("kl", "cts"), ("loss", "cts:loss")):
         rivals = [outcomes.value(other, name) for other in OTHERS if outcomes.of(other)]
         if outcomes.of(arm) and rivals:

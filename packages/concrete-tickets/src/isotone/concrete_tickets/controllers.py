@@ -12,6 +12,7 @@ the logits, is how many weights each logit stands for (1 if not given).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ def grad_balance(slack: float = 1.1, ema: float = 0.01) -> optax.GradientTransfo
     ) -> tuple[Any, ControllerState]:
         error, gradient = density_error(params, slack * density, sizes)
         # where h would underflow, no density is too high
-        target = jnp.where(error > 0, global_norm(updates) / (optax.global_norm(gradient) + 1e-12), 0.0)
+        target = jnp.where(error > 0, global_norm(updates) / (_plain_norm(jax.tree.leaves(gradient)) + 1e-12), 0.0)
         average = (1 - ema) * state.multiplier + ema * target
         multiplier = jnp.where(state.steps == 0, target, average)
         return _add(updates, multiplier, gradient), ControllerState(multiplier, state.steps + 1)
@@ -105,8 +106,12 @@ def global_norm(tree: Any) -> Float[Array, ""]:
         unit = jnp.where(largest > 0, largest, 1.0)
         return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
 
-    plain = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+    plain = _plain_norm(leaves)
     return jax.lax.cond((plain > 1e-12) & (plain < 1e18), lambda: plain, scaled)
+
+
+def _plain_norm(leaves: Sequence[Array]) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
 
 
 def _init(params: Any) -> ControllerState:

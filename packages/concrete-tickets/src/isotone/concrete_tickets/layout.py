@@ -187,7 +187,7 @@ class Layout:
 
     def select(
         self, scores: Array | np.ndarray, density: float | None, count: int | None = None
-    ) -> Bool[Array, " groups"]:
+    ) -> Bool[np.ndarray, " groups"]:
         """The mask of the groups with the largest scores.
 
         Exactly floor(density * d) weights for "weight", exactly N of each M for "N:M" (`density` is then N/M or
@@ -204,47 +204,39 @@ class Layout:
             count = kept_count(density, self.total)
         if self.structure == "weight":
             return top_k(scores, count)
-        order = jnp.argsort(-scores, stable=True)
-        fits = jnp.cumsum(self.sizes()[order].astype(jnp.int32)) <= count
-        if not bool(fits[0]):
-            size = int(self.sizes()[order[0]])
-            raise InputError(f"expected a density that keeps a group of {size} weights, got room for {count}")
-        return jnp.zeros(self.groups, bool).at[order].set(fits)
+        sizes = np.asarray(self.sizes()).astype(np.int64)
+        order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
+        fits = np.cumsum(sizes[order]) <= count
+        if not fits[0]:
+            raise InputError(
+                f"expected a density that keeps a group of {sizes[order[0]]} weights, got room for {count}"
+            )
+        mask = np.zeros(self.groups, bool)
+        mask[order] = fits
+        return mask
 
-    def _select_blocks(self, scores: Array | np.ndarray, n: int, m: int, density: float | None) -> Array:
+    def _select_blocks(self, scores: Array | np.ndarray, n: int, m: int, density: float | None) -> np.ndarray:
         if density is not None and not math.isclose(density, n / m):
             raise InputError(f"expected density {n / m:g} for structure {self.structure}, got {density}")
         parts = []
-        for name in self.names:
-            leaf = self.expand_eagerly(scores)[name]
-            blocks = jnp.moveaxis(leaf, -2, -1).reshape(-1, m)
-            kept = jax.vmap(top_k, (0, None))(blocks, n)
+        for leaf in self.cut(np.asarray(scores, np.float32)).values():
+            blocks = np.moveaxis(leaf, -2, -1).reshape(-1, m)
+            kept = np.zeros(blocks.shape, bool)
+            np.put_along_axis(kept, np.argsort(-blocks, axis=1, kind="stable")[:, :n], True, axis=1)
             back = kept.reshape(*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2])
-            parts.append(jnp.moveaxis(back, -1, -2).reshape(-1))
-        return jnp.concatenate(parts)
+            parts.append(np.moveaxis(back, -1, -2).reshape(-1))
+        return np.concatenate(parts)
 
 
-@jax.jit
-def top_k(scores: Array, k: Array | int) -> Array:
+def top_k(scores: Array | np.ndarray, k: int) -> Bool[np.ndarray, " n"]:
     """True at exactly the `k` largest of the scores (n), compared as float32, ties to the lower index.
 
-    `k` may be traced: one compile. Nothing is sorted: 64 counts find the k-th score, and the last index of its ties.
+    On the host: one partial sort there costs less than any sort that a compiler makes, and nothing is compiled.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores).astype(jnp.float32), jnp.uint32)
-    # the order of the floats as that of unsigned numbers: negative ones turned round, below the others
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-    score = _largest(ordered, k)
-    above, tied = ordered > score, ordered == score
-    needed = k - jnp.sum(above)
-    early = jnp.where(tied, ~jnp.arange(scores.shape[0], dtype=jnp.uint32), 0)
-    return (above | (tied & (early >= _largest(early, needed)))) & (k > 0)
-
-
-def _largest(values: Array, k: Array | int) -> Array:
-    """The k-th largest of unsigned 32-bit values, from its highest bit down."""
-
-    def settle(place: Array, found: Array) -> Array:
-        higher = found | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))
-        return jnp.where(jnp.sum(values >= higher) >= k, higher, found)
-
-    return jax.lax.fori_loop(0, 32, settle, jnp.uint32(0))
+    values = np.asarray(scores, np.float32)
+    if k == 0:
+        return np.zeros(values.size, bool)
+    score = np.partition(values, values.size - k)[values.size - k]
+    kept = values > score
+    kept[np.flatnonzero(values == score)[: k - np.count_nonzero(kept)]] = True
+    return kept

@@ -44,7 +44,7 @@ def sanity_check(
     """Train and evaluate the ticket and its changes: "shuffled", "reinitialised" and, with `scores` (the logits by
     leaf), "inverted". `accuracy`: of the ticket itself, where it is known already."""
     ticket.check(params)
-    shuffle_key, draw_key = jax.random.split(key)
+    shuffle_key, draw_key = (jax.random.fold_in(key, number) for number in (1, 2))
     tickets = {"shuffled": ticket.shuffle_layers(shuffle_key)}
     if scores is not None:
         tickets["inverted"] = ticket.invert(scores)

@@ -58,7 +58,7 @@ class Ticket:
         return cls._of(layout, layout.select(-flat if lowest else flat, density, count), warn)
 
     @classmethod
-    def _of(cls, layout: Layout, mask: Array, warn: bool = True) -> Ticket:
+    def _of(cls, layout: Layout, mask: np.ndarray, warn: bool = True) -> Ticket:
         ticket = cls(layout.expand_eagerly(mask))
         if warn and (empty := ticket.collapsed()):
             message = f"no weight is kept in {', '.join(empty)}: the layer is cut"
