@@ -81,10 +81,10 @@ def layer_densities(rows: Rows, density: float) -> Any:
 
 def _plain_log(axes: Any) -> None:
     """A logarithmic x axis with numbers as one reads them."""
-    from matplotlib.ticker import LogLocator
-
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
 

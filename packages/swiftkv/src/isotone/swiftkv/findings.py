@@ -306,8 +306,6 @@ def _title(name: str) -> str:
 def figures(
     texts: list[dict[str, Any]], recalls: list[dict[str, Any]], side: dict[str, Any], arms: Arms
 ) -> dict[str, Any]:
-    from matplotlib.ticker import LogLocator
-
     names = [f"l{e}-g{g}" for e, g in arms]
     labels = [f"l={e}/8\ng={g}" for e, g in arms]
     places = list(range(len(names)))
@@ -372,7 +370,9 @@ def figures(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    ticks = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     for point in side["curve"]:

@@ -90,14 +90,17 @@ def config_of(folder: str | Path, **kwargs: Any) -> Any:
 @contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
     """Errors that a broken model folder causes, as one sentence that names it."""
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:
+        # a config whose values are of other types has errors of its own, out of huggingface_hub
+        known = isinstance(error, (OSError, ValueError, KeyError, RuntimeError, SafetensorError))
+        if not known and not type(error).__module__.startswith("huggingface_hub"):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"expected a whole Hugging Face model in {str(folder)!r}: {first}") from None
 

@@ -82,9 +82,7 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, vocab_size: int
 
 def _written(tokenizer: Any, messages: list[dict[str, str]], answer: bool) -> str:
     """The conversation as its template writes it, up to where an `answer` begins."""
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of the model's author
         raise InputError(f"expected messages that the chat template takes: {error}") from None
