@@ -263,6 +263,10 @@ def test_files_that_are_no_data(tmp_path):
     np.savez(tmp_path / "nan.npz", x=np.full((20, 2), np.nan), y=np.zeros(20, int))
     np.savez(tmp_path / "float.npz", x=np.ones((20, 2)), y=np.zeros(20))
     np.savez(tmp_path / "names.npz", a=np.ones(3))
+    np.save(tmp_path / "one.npy", np.ones(3))
+    np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20, object), y=np.zeros(20, int))
+    np.savez(tmp_path / "words.npz", x=np.array(["a"] * 20), y=np.zeros(20, int))
+    (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04torn")
     (tmp_path / "test_batch.bin").write_bytes(b"x" * 100)
     for i in range(1, 6):
@@ -278,6 +282,10 @@ def test_files_that_are_no_data(tmp_path):
         (f"npz:{tmp_path / 'float.npz'}", "whole numbers"),
         (f"npz:{tmp_path / 'names.npz'}", "x and y"),
         (f"npz:{tmp_path / 'torn.npz'}", "torn"),
+        (f"npz:{tmp_path / 'text.npz'}", "plain arrays"),
+        (f"npz:{tmp_path / 'one.npy'}", "plain arrays"),
+        (f"npz:{tmp_path / 'objects.npz'}", "plain arrays"),
+        (f"npz:{tmp_path / 'words.npz'}", "numbers as x"),
         (f"npz:{tmp_path / 'missing.npz'}", "missing.npz"),
     ]:
         with pytest.raises(InputError, match=words):

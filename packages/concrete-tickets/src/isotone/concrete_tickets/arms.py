@@ -192,7 +192,7 @@ class Experiment:
         `folder`: where an `ltr` arm keeps its rounds, to go on with them.
         """
         arm = Arm.parse(text)
-        with _collapse_is_in_the_outcome():
+        with quiet_collapse():
             begin = time.perf_counter()
             if arm.method == "gmp":
                 trained, ticket = lottery.gradual_magnitude(
@@ -209,7 +209,7 @@ class Experiment:
     def warm(self, text: str, density: float, seed: int, start: Start) -> None:
         """Compile what `run` of this arm runs, by its ticket, where that takes no training, and one epoch."""
         arm = Arm.parse(text)
-        with _collapse_is_in_the_outcome():
+        with quiet_collapse():
             trains = arm.method in ("ltr", "gmp")
             ticket = baselines.magnitude(start.rewind, density, self.model.where)
             if not trains:
@@ -274,7 +274,8 @@ class Experiment:
 
 
 @contextmanager
-def _collapse_is_in_the_outcome() -> Iterator[None]:
+def quiet_collapse() -> Iterator[None]:
+    """No `LayerCollapse` warnings: an outcome says it, and a timing does not ask."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LayerCollapse)
         yield

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isotone.concrete_tickets.arms import Experiment
+from isotone.concrete_tickets.arms import Experiment, quiet_collapse
 from isotone.concrete_tickets.baselines import magnitude
 from isotone.concrete_tickets.concrete import TAU, relaxed_mask
 from isotone.concrete_tickets.images import load_images
@@ -41,7 +41,7 @@ def bench(run: Run, rounds: int = ROUNDS) -> Report:
     where = device.resolve(run.device, "jax")
     images = load_images("digits")
     plan = _plan(images, rounds, where)
-    with progress.bar("concrete-tickets bench", len(plan), run.silent) as bar:
+    with progress.bar("concrete-tickets bench", len(plan), run.silent) as bar, quiet_collapse():
         ratios = []
         for row in plan:
             ratios.append(row())

@@ -53,7 +53,7 @@ def search(
     run: Run,
     data: Data = "digits",
     model: ModelName = "mlp",
-    density: Annotated[float, Opt(help="share of the prunable weights to keep, in (0, 1]")] = 0.0074,
+    density: Annotated[float, Opt(help="share of the prunable weights to keep, in (0, 1]; N:M has its own")] = 0.0074,
     objective: Annotated[str, Opt(help=", ".join(OBJECTIVES))] = "kl",
     when: Annotated[str, Opt(help="rewind or init: the weights that are searched")] = "rewind",
     epochs: Epochs = 40,

@@ -130,10 +130,16 @@ def _cifar(kind: str, folder: Path) -> Images:
 
 
 def _npz(kind: str, path: Path) -> Images:
-    with np.load(path, allow_pickle=False) as file:
-        if not {"x", "y"} <= set(file.files):
-            raise InputError(f"expected arrays x and y in {str(path)!r}, got {', '.join(file.files) or 'none'}")
-        x, y = file["x"], file["y"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            members = {name: file[name] for name in file.files}
+    except (ValueError, TypeError):  # text, Python objects, an array alone
+        raise InputError(f"expected an npz file of plain arrays, got another file: {str(path)!r}") from None
+    if not {"x", "y"} <= set(members):
+        raise InputError(f"expected arrays x and y in {str(path)!r}, got {', '.join(members) or 'none'}")
+    x, y = members["x"], members["y"]
+    if x.dtype.kind not in "fiub":
+        raise InputError(f"expected numbers as x in {str(path)!r}, got {x.dtype}")
     if len(x) != len(y) or len(y) < 10 or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         message = "expected x (n, ...) and whole numbers y (n,) from 0, 10 or more"
         raise InputError(f"{message}, got shapes {x.shape} and {y.shape}, {y.dtype}")

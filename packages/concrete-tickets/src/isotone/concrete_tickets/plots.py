@@ -73,6 +73,7 @@ def layer_densities(rows: Rows, density: float) -> Any:
     # a layer with no weight left stands at 0, below the logarithmic part
     axes.set_yscale("symlog", linthresh=lowest)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g}")
     short = [layer.removesuffix("/kernel") for layer in layers]
     axes.set_xticks(range(len(layers)), short, rotation=90 if len(layers) > 6 else 0)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
