@@ -9,7 +9,7 @@ import reference
 import torch
 from rdkit import Chem
 
-from isotone.opgfn.chem import vocabulary
+from isotone.opgfn.chem import mol_from_state, vocabulary
 from isotone.opgfn.chem.decode import assemble, smiles_of
 from isotone.opgfn.chem.vocabulary import Vocabulary
 from isotone.opgfn.envs import FragmentEnv
@@ -212,6 +212,7 @@ def test_an_incomplete_molecule_is_not_one() -> None:
     state, _ = env.step(env.reset(1), torch.tensor([5]))
     assert env.valid(state).item() and env.objects(state) == [env.vocabulary.smiles[5]]
     open_edge, _ = env.step(state, torch.tensor([0]))
+    assert mol_from_state(env, state[0]).GetNumAtoms() > 1 and mol_from_state(env, open_edge[0]) is None
     assert not env.valid(open_edge).item() and not env.valid(env.reset(1)).item()
 
 

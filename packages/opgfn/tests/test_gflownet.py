@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from isotone.opgfn.config import OBJECTIVES, TrainConfig
-from isotone.opgfn.envs import Bag, Grid, HyperGrid, MOOGrid, StringEnv
+from isotone.opgfn.envs import Bag, Grid, HyperGrid, MOOGrid, NasCell, StringEnv
 from isotone.opgfn.exact import StateGraph, mass_on
 from isotone.opgfn.gflownet import GFlowNet, default_policy
 from isotone.opgfn.memo import Memo
@@ -425,3 +426,120 @@ def test_config_refuses_more(field: str, value: float) -> None:
     # TypeError from the checks of annotations, where they are on
     with pytest.raises((ValueError, TypeError), match=field):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize("label", ["pareto", "buffer", "rank"])
+def test_a_full_archive_sees_the_order_only(label: str) -> None:
+    """Also where the archive has to leave members out: the run is the same for u and for increasing maps of it."""
+
+    def run(function) -> torch.Tensor:
+        env = MOOGrid(("branin", "currin"), side=12)
+        replay = ReplayConfig("uniform", warmup=16, pareto_fraction=0.5, archive=5)
+        gfn = GFlowNet(env, config=TrainConfig(batch_size=16, label=label), replay=replay).fit(function, steps=25)
+        assert len(gfn.buffer.archive) == 5
+        return weights(gfn)
+
+    plain = MOOGrid(("branin", "currin"), side=12).objective
+    assert torch.equal(run(plain), run(lambda states: plain(states) ** 3))
+    assert torch.equal(run(plain), run(lambda states: torch.exp(5 * plain(states))))
+
+
+def test_a_first_batch_without_a_valid_object() -> None:
+    class Late(HyperGrid):
+        def valid(self, states):
+            return states.sum(1) > 3
+
+    env = Late(2, 6)
+    gfn = GFlowNet(env, config=TrainConfig(batch_size=8), replay=ReplayConfig("uniform", warmup=8))
+    bad, good = torch.zeros(3, 2, dtype=torch.int64), torch.full((2, 2), 4)
+    two = lambda states: torch.stack([states[:, 0].double(), states[:, 1].double()], 1)  # noqa: E731
+    gfn.observe(bad, two)
+    gfn.observe(good, two)
+    assert gfn.buffer.u.shape[1] == 2 and gfn.buffer.valid[:2].tolist() == [False, True]
+    gfn.fit(two, steps=4)
+
+
+@pytest.mark.parametrize("objective", ["op-db", "op-fm", "op-subtb", "op-fl-subtb"])
+def test_what_is_learned_of_an_object_is_its_own(objective: str) -> None:
+    """But for trajectory balance it does not depend on the way there, at any weights."""
+    env = HyperGrid(2, 6)
+    gfn = GFlowNet(env, objective=objective, config=TrainConfig(batch_size=16)).fit(steps=2)
+    drawn = gfn.sample(400, seed=0)
+    keys = env.row_keys(drawn.states)
+    for key in keys.unique():
+        mine = drawn.log_reward[keys == key]
+        assert (mine.max() - mine.min()) < 1e-9
+    assert len(keys.unique()) > 10
+
+
+def test_another_function_is_another_run(tmp_path) -> None:
+    env = HyperGrid(2, 5)
+    make = lambda: GFlowNet(env, config=TrainConfig(batch_size=8))  # noqa: E731
+    make().fit(lambda s: s.double().sum(1), steps=4, folder=tmp_path, checkpoint_every=2)
+    make().fit(lambda s: s.double().sum(1), steps=6, folder=tmp_path, checkpoint_every=2)
+    with pytest.raises(InputError, match="objective"):
+        make().fit(lambda s: -s.double().sum(1), steps=8, folder=tmp_path)
+    with pytest.raises(InputError, match="an order"):
+        make().fit(order_fn=lambda s: np.zeros((len(s), len(s)), bool), steps=8, folder=tmp_path)
+
+
+GRID = HyperGrid(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: GFlowNet(GRID).sample(0), "at least 1"),
+        (lambda: GFlowNet(GRID).sample(3, temperature=float("inf")), "temperature"),
+        (lambda: GFlowNet(GRID, device="foo"), "foo"),
+        (lambda: GFlowNet(GRID, MLPPolicy(HyperGrid(2, 9))), "policy for HyperGrid"),
+        (lambda: GFlowNet(GRID, objective="op-fl-db").fit(order_fn=lambda s: s, steps=1), "comparisons"),
+        (lambda: GFlowNet(GRID, config=TrainConfig(label="rank")).fit(order_fn=lambda s: s, steps=1), "comparisons"),
+        (lambda: GFlowNet(GRID).observe(torch.zeros(2, 3, dtype=torch.int64)), r"\(n, 2\)"),
+        (lambda: GFlowNet(GRID).observe(torch.tensor([[0, 7]])), r"\[0, 7\]"),
+        (lambda: GFlowNet(MOOGrid(side=4), objective="pc-tb", objectives=3).fit(steps=1), "conditioned on"),
+        (lambda: GFlowNet(MOOGrid(side=4), objective="gc-tb", objectives=3).fit(steps=1), "conditioned on"),
+        (lambda: ReplayConfig("uniform", capacity=10, warmup=20), "capacity"),
+        (lambda: TrainConfig(objective="op-fm", idempotent=True), "idempotent"),
+    ],
+)
+def test_what_can_not_be_meant(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_condition_for_each_object() -> None:
+    gfn = GFlowNet(MOOGrid(side=4), objective="pc-tb")
+    with pytest.raises(ValueError, match="each of 3"):
+        gfn.sample(3, condition=torch.tensor([[0.5, 0.5, 1.0]], dtype=torch.float64))
+
+
+def test_a_run_is_told_apart_by_what_scores_it_and_by_its_environments_seed(tmp_path: Path) -> None:
+    env = NasCell(3, 3)
+    GFlowNet(env, objective="op-tb").fit(lambda s: s.sum(1), steps=2, folder=tmp_path)
+    with pytest.raises(InputError, match="objective"):
+        GFlowNet(env, objective="op-tb").fit(lambda s: [-sum(r) for r in s.tolist()], steps=3, folder=tmp_path)
+    with pytest.raises(InputError, match="seed"):
+        GFlowNet(NasCell(3, 3, seed=1), objective="op-tb").fit(lambda s: s.sum(1), steps=3, folder=tmp_path)
+    with pytest.raises(InputError, match="steps of at least"):
+        GFlowNet(env, objective="op-tb").fit(lambda s: s.sum(1), steps=1, folder=tmp_path)
+
+
+def test_an_order_sees_only_objects_and_says_who_is_better() -> None:
+    class Odd(HyperGrid):
+        def valid(self, states: torch.Tensor) -> torch.Tensor:
+            return states.sum(1) % 2 == 0
+
+    seen: list[torch.Tensor] = []
+
+    def above(objects: torch.Tensor) -> torch.Tensor:
+        seen.append(objects)
+        total = objects.sum(1)
+        return total[:, None] > total[None]
+
+    GFlowNet(Odd(2, 6), objective="op-tb").fit(order_fn=above, steps=2)
+    assert bool((torch.cat(seen).sum(1) % 2 == 0).all())
+    with pytest.raises(ValueError, match="> and not >="):
+        GFlowNet(HyperGrid(2, 6), objective="op-tb").fit(
+            order_fn=lambda o: o.sum(1)[:, None] >= o.sum(1)[None], steps=1
+        )

@@ -175,7 +175,8 @@ def test_refusals_name_value_and_expectation() -> None:
         (lambda: order_preserving_loss(r, u, mode="best"), "'best'"),
         (lambda: order_preserving_loss(r), "got none"),
         (lambda: order_preserving_loss(r, u, better=circle), "got both"),
-        (lambda: order_preserving_loss(r, better=circle, mode="rank"), "comparisons"),
+        (lambda: order_preserving_loss(r, better=circle & ~torch.eye(4, dtype=bool), mode="rank"), "comparisons"),
+        (lambda: order_preserving_loss(r, better=circle), "> and not >="),
         (lambda: order_preserving_loss(r, u, pairs=torch.tensor([[0], [9]])), "0 to 3"),
         (lambda: order_preserving_loss(r, u, pairs=torch.tensor([0, 1])), "(2, pairs)"),
         (lambda: order_preserving_loss(r, u.to("meta")), "one device"),
@@ -342,3 +343,18 @@ def test_log_rewards_of_nan_are_refused() -> None:
     log_r = torch.tensor([0.0, float("nan"), 1.0])
     with pytest.raises(ValueError, match="nan for object 1"):
         order_preserving_loss(log_r, torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"valid": torch.ones(2, dtype=torch.bool)}, "valid"),
+        ({"reference": torch.ones(4, 3), "mode": "buffer"}, "reference"),
+        ({"tie_tol": -1.0}, "tie_tol"),
+        ({"tie_tol": 0.1, "mode": "pareto"}, "tie_tol"),
+    ],
+)
+def test_arguments_that_do_not_fit(options: dict, words: str) -> None:
+    u = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=words):
+        order_preserving_loss(torch.zeros(3), u, **options)

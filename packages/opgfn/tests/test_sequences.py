@@ -86,3 +86,11 @@ def test_gymnasium_accepts_the_wrapper() -> None:
     molecules.reset()
     molecules.step(3)
     assert molecules.step(molecules.env.stop)[1] == len("C1=CCCCC1")
+
+
+def test_a_stopped_episode_takes_no_further_step() -> None:
+    wrapped = GymEnv(MOOGrid(("branin", "currin"), side=6))
+    wrapped.reset()
+    wrapped.step(wrapped.env.stop)
+    with pytest.raises(ValueError, match="reset"):
+        wrapped.step(0)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from isotone.opgfn.gflownet import GFlowNet
 from isotone.opgfn.pareto import nd_rank, non_dominated_mask
 from isotone.opgfn.replay import ReplayConfig
 from isotone.shared import device, progress
+from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import Report, figure
 from isotone.shared.cli import Run, paper_app, run_main, verb
 from isotone.shared.errors import InputError
@@ -115,7 +117,7 @@ def train(
     texts = [text for text, ok in zip(labels(found.objects), keep, strict=True) if ok]
     rows = table(texts, values, names, found.log_reward.cpu().numpy()[keep])
     write_table(run.out / "candidates.csv", rows)
-    (run.out / "history.json").write_text(json.dumps(gfn.history), encoding="utf-8")
+    atomic_write(run.out / "history.json", json.dumps(gfn.history).encode())
     draw_training(run.out, gfn, spec if scorer is None else None, texts, values, names)
     result = {
         "steps": gfn.step,
@@ -147,6 +149,8 @@ def sample(
     """Draw objects from a trained sampler."""
     if n < 1 or not temperature > 0:
         raise InputError(f"expected --n of at least 1 and a --temperature above 0, got {n} and {temperature}")
+    if to is not None and to.exists() and run.resume:
+        raise InputError(f"expected --to a new file, {str(to)!r} is there: give --fresh to write over it")
     gfn, spec = load_model(model, device.resolve(run.device))
     if to is not None and to.suffix in (".smi", ".sdf") and spec.env != "fragments":
         raise InputError(f"expected --to a .csv or .jsonl file for {spec.env}, which are no molecules, got {str(to)!r}")
@@ -387,15 +391,15 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         raise InputError(f"expected a file that ends in {', '.join('.' + name for name in FORMATS)}, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["object"])
-            writer.writeheader()
-            writer.writerows(rows)
+        lines = io.StringIO(newline="")
+        writer = csv.DictWriter(lines, list(rows[0]) if rows else ["object"])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = lines.getvalue()
     elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
     elif kind == "smi":
-        lines = (f"{row['object']}\t{number}\n" for number, row in enumerate(rows, 1))
-        path.write_text("".join(lines), encoding="utf-8")
+        text = "".join(f"{row['object']}\t{number}\n" for number, row in enumerate(rows, 1))
     else:
         from rdkit import Chem
 
@@ -406,7 +410,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
                 raise InputError(f"expected molecules for an SD file, got {row['object']!r}")
             fields = "".join(f"> <{key}>\n{value}\n\n" for key, value in row.items())
             parts.append(Chem.MolToMolBlock(molecule) + fields + "$$$$\n")
-        path.write_text("".join(parts), encoding="utf-8")
+        text = "".join(parts)
+    atomic_write(path, text.encode())
 
 
 def read_smiles(path: Path) -> list[str]:

@@ -58,7 +58,8 @@ class Preference:
         return torch.cat(parts, 1).float()
 
     def log_reward(self, u: Float[Tensor, "n d"], raw: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-        """beta log(w . u)."""
+        """beta log(w . u). Raises `ValueError` on another number of objectives."""
+        _check_objectives(u, self.objectives)
         return raw[:, -1] * (raw[:, :-1] * u).sum(1).clamp(min=self.floor).log()
 
     def relabel(self, raw: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,7 +100,8 @@ class Goal:
         return thermometer(raw, self.bins).float()
 
     def log_reward(self, u: Float[Tensor, "n d"], raw: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """beta log R(x | d), at least log 1e-30 each."""
+        """beta log R(x | d), at least log 1e-30 each. Raises `ValueError` on another number of objectives."""
+        _check_objectives(u, self.objectives)
         cosine = (u * raw).sum(1) / u.norm(dim=1).clamp(min=_TINY)
         gamma = math.log(0.2) / math.log(self.focus)
         inside = torch.where(cosine >= self.focus, u.sum(1) * cosine.clamp(min=0) ** gamma, 0.0)
@@ -107,10 +109,16 @@ class Goal:
 
     def relabel(self, raw: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
         """Hindsight: some goals become what was reached."""
+        _check_objectives(u, self.objectives)
         chosen = torch.rand(len(raw), generator=generator) < self.hindsight
         length = u.norm(dim=1, keepdim=True)
         reached = torch.where(length > 0, u / length.clamp(min=_TINY), raw)
         return torch.where(chosen[:, None].to(raw.device), reached, raw)
+
+
+def _check_objectives(u: Tensor, objectives: int) -> None:
+    if u.shape[1] != objectives:
+        raise ValueError(f"expected {objectives} objectives as conditioned on, got {u.shape[1]}")
 
 
 def conditioner_of(

@@ -78,6 +78,8 @@ class TrainConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        if self.idempotent and self.family == "fm":
+            raise ValueError(f"expected idempotent=False for {self.objective}, whose flows are of edges")
         for name in ("log_z", "invalid_log_reward"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"expected a finite {name}, got {getattr(self, name)}")

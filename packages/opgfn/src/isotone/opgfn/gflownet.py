@@ -65,7 +65,11 @@ class GFlowNet(Sampler):
     ) -> None:
         config = config or TrainConfig()
         self.config = config if objective is None else dataclasses.replace(config, objective=objective)
-        self.env, self.replay_config, self.device = env, replay or ReplayConfig(), torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"expected a device such as cpu or cuda, got {device!r}") from None
+        self.env, self.replay_config = env, replay or ReplayConfig()
         self.conditioner = self._conditioner(objectives)
         condition_dim = self.conditioner.dim if self.conditioner else 0
         if policy is None:
@@ -76,6 +80,12 @@ class GFlowNet(Sampler):
             raise ValueError(
                 f"expected a policy with condition_dim {condition_dim} for {self.config.objective}, "
                 f"got {policy.condition_dim}"
+            )
+        made_for = getattr(policy, "env", env)
+        if made_for.cardinalities != env.cardinalities or made_for.num_actions != env.num_actions:
+            raise ValueError(
+                f"expected a policy for {type(env).__name__} of width {env.width} and {env.num_actions} actions, "
+                f"got one for {type(made_for).__name__} of width {made_for.width} and {made_for.num_actions} actions"
             )
         self.policy = policy.to(self.device)
         with torch.random.fork_rng(devices=[]):
@@ -163,6 +173,10 @@ class GFlowNet(Sampler):
                 raise ValueError(
                     "expected replay off or uniform with order_fn: without values nothing seen is the best"
                 )
+            if self.config.family.startswith("fl-") or self.config.label in ("buffer", "rank"):
+                raise ValueError(
+                    f"expected values for {self.config.objective} with label {self.config.label}, got comparisons"
+                )
             if self.memo is not None:
                 self.memo, self.buffer = None, ReplayBuffer(replay, self.env.width)
         if folder is None:
@@ -175,6 +189,10 @@ class GFlowNet(Sampler):
                 store.clear()
             elif (saved := load_latest(folder, "torch")) is not None:
                 restore(self, saved.arrays, saved.state, str(folder))
+                if self.step > steps:
+                    raise InputError(
+                        f"expected steps of at least the {self.step} already in {str(folder)!r}, got {steps}"
+                    )
             last = self.step
 
             def keep() -> None:
@@ -195,6 +213,8 @@ class GFlowNet(Sampler):
         function = objective_fn if objective_fn is not None else own
         if function is None:
             raise ValueError("expected objective_fn or order_fn: this environment has no objective of its own")
+        if not callable(function):
+            raise ValueError(f"expected objective_fn to be a function of objects, got {function!r}")
         if self.memo is None or self.memo.objective != function:
             self.memo = Memo(self.env, function)
             self.buffer = ReplayBuffer(self.replay_config, self.env.width)
@@ -248,7 +268,11 @@ class GFlowNet(Sampler):
         values: Any = None,
     ) -> Tensor:
         """Put objects into the buffer, evaluated, or with the `values` (n, d) or (n,) that were measured for them;
-        returns their objectives (n, d): what offline replay trains on, as in rounds of proposals and measurements."""
+        returns their objectives (n, d): what offline replay trains on, as in rounds of proposals and measurements.
+
+        Raises `ValueError` on rows that are no states of the environment.
+        """
+        self._check_states(states)
         if values is not None:
             if objective_fn is not None:
                 raise ValueError("expected objective_fn or values, got both")
@@ -261,6 +285,16 @@ class GFlowNet(Sampler):
         u, valid = self.memo(states)
         self.buffer.push(states, u, valid)
         return u
+
+    def _check_states(self, states: Tensor) -> None:
+        if states.ndim != 2 or states.shape[1] != self.env.width or states.is_floating_point():
+            raise ValueError(
+                f"expected states of whole numbers (n, {self.env.width}), got {states.dtype} {tuple(states.shape)}"
+            )
+        most = torch.tensor(self.env.cardinalities, device=states.device)
+        if len(states) and bool(((states < 0) | (states >= most)).any()):
+            row = int(((states < 0) | (states >= most)).any(1).nonzero()[0])
+            raise ValueError(f"expected states of this environment, got {states[row].tolist()}")
 
     def _augmented(self) -> Trajectories:
         """Prioritised objects of the buffer, a rank's part of them."""
@@ -332,13 +366,10 @@ class GFlowNet(Sampler):
         if self.memo is None:
             assert order_fn is not None
             valid = self.env.valid(terminals)
-            given = order_fn(self.env.objects(terminals))
-            said = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-            if said.dtype != bool and not np.isin(said, (0, 1)).all():
-                raise ValueError(f"expected order_fn to return booleans, got {said.dtype} with other values")
-            better = torch.as_tensor(said, device=self.device).bool()
-            if better.shape != (len(batch), len(batch)):
-                raise ValueError(f"expected order_fn to return ({len(batch)}, {len(batch)}), got {tuple(better.shape)}")
+            better = torch.zeros(len(batch), len(batch), dtype=torch.bool, device=self.device)
+            if bool(valid.any()):  # what is no object can not be compared: it loses to every one that is
+                known = valid.nonzero().squeeze(1).to(self.device)
+                better[known[:, None], known] = self._compared(order_fn, terminals[valid])
             return Target(None, valid, better)
         u, valid = self.memo(terminals)
         condition = None
@@ -349,6 +380,18 @@ class GFlowNet(Sampler):
         reference = None if known is None else torch.from_numpy(known).to(u)
         partial = self._partial(batch, u) if self.config.family.startswith("fl-") else None
         return Target(u, valid, None, reference, raw, condition, self.conditioner, partial)
+
+    def _compared(self, order_fn: Callable, terminals: Tensor) -> Tensor:
+        given = order_fn(self.env.objects(terminals))
+        said = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        n = len(terminals)
+        if said.dtype != bool and not np.isin(said, (0, 1)).all():
+            raise ValueError(f"expected order_fn to return booleans, got {said.dtype} with other values")
+        if said.shape != (n, n):
+            raise ValueError(f"expected order_fn to return ({n}, {n}), got {said.shape}")
+        if np.diagonal(said).any():
+            raise ValueError("expected order_fn to say who is better, > and not >=, got objects better than themselves")
+        return torch.as_tensor(said, device=self.device).bool()
 
     def _partial(self, batch: Trajectories, u: Tensor) -> tuple[Tensor, Tensor]:
         """Objectives of the visited states that are objects themselves: those that may stop."""

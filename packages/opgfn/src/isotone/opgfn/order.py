@@ -7,6 +7,7 @@ and by any strictly increasing map of the objectives. Cost: O(B) for pairs, O(B^
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -41,7 +42,7 @@ def order_preserving_loss(
     non-dominated sorting of batch and `reference`), "bce" (each object's own logistic loss), "pair-balanced"
     (64 random unequal and 64 random equal pairs). `better[i, j]` says that object i is preferred to j, where
     there are comparisons and no values: then `u` is None. `valid`: invalid objects lose to every valid one.
-    `tie_tol`: values this close count as equal; anything above 0 gives up the invariance to increasing maps.
+    `tie_tol`: of pairs, values this close count as equal; above 0 it gives up the invariance to increasing maps.
 
     Raises `ValueError` on a batch below 2, NaN, infinity, another shape, devices that differ, an unknown mode.
     """
@@ -55,7 +56,21 @@ def order_preserving_loss(
     if u is not None:
         u = u[:, None] if u.ndim == 1 else u
         check_objectives(u)
-    check_log_rewards(log_r, len(u if u is not None else better))  # type: ignore[arg-type]
+    rows = len(u if u is not None else better)  # type: ignore[arg-type]
+    check_log_rewards(log_r, rows)
+    if not (math.isfinite(tie_tol) and tie_tol >= 0) or (tie_tol and not mode.endswith("pairs") and mode != "pairwise"):
+        if mode != "pair-balanced":
+            raise ValueError(f"expected tie_tol of at least 0, and 0 for mode {mode!r}, got {tie_tol}")
+    if valid is not None and tuple(valid.shape) != (rows,):
+        raise ValueError(f"expected a flag valid for each of {rows} objects, got shape {tuple(valid.shape)}")
+    if reference is not None and u is not None and (reference.ndim != 2 or reference.shape[1] != u.shape[1]):
+        raise ValueError(f"expected a reference of {u.shape[1]} objectives, got shape {tuple(reference.shape)}")
+    if better is not None and better.dtype != torch.bool:
+        raise ValueError(f"expected booleans in better, got {better.dtype}")
+    if better is not None and bool(better.diagonal().any()):
+        raise ValueError("expected better to say > and not >=, got objects better than themselves")
+    if pairs is not None and (pairs.is_floating_point() or pairs.dtype == torch.bool):
+        raise ValueError(f"expected pairs of whole numbers, got {pairs.dtype}")
     if mode in ("pairwise", "all-pairs", "pair-balanced"):
         return _pair_loss(log_r, u, better, mode, pairs, valid, tie_tol, generator)
     if mode == "rank":

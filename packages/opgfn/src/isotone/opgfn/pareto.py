@@ -116,8 +116,8 @@ class ParetoArchive:
     """What no object seen so far dominates, with its payload row; one objective keeps the best `capacity`.
 
     `add` takes u (n, d) and integer payloads (n, w). A payload enters once. With more than one objective the
-    archive holds the non-dominated set; past `capacity` it keeps the members whose nearest neighbour in
-    objective space is farthest, ends first, so that the front stays covered. With one it is a top-k list.
+    archive holds the non-dominated set; past `capacity` it keeps the members whose nearest neighbour, in ranks of
+    the objectives, is farthest, ends first, so that the front stays covered. With one it is a top-k list.
     """
 
     def __init__(self, capacity: int = 1000) -> None:
@@ -155,9 +155,11 @@ class ParetoArchive:
 
 
 def _spread(u: np.ndarray, k: int) -> np.ndarray:
-    """Indices of k points chosen farthest first, starting from the best of each objective."""
-    scale = np.ptp(u, axis=0)
-    points = u / np.where(scale > 0, scale, 1.0)
+    """Indices of k points chosen farthest first, starting from the best of each objective.
+
+    Distances are between ranks, an objective at a time: what is kept depends on the order alone.
+    """
+    points = np.stack([np.unique(column, return_inverse=True)[1] for column in u.T], 1).astype(np.float64)
     chosen = list(dict.fromkeys(np.argmax(points, axis=0).tolist()))[:k]
     distance = np.min([np.linalg.norm(points - points[i], axis=1) for i in chosen], axis=0)
     while len(chosen) < k:

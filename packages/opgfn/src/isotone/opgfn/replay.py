@@ -42,11 +42,13 @@ class ReplayConfig:
             raise ValueError(f"expected replay mode to be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.rest not in ("all", "below"):
             raise ValueError(f"expected rest to be all or below, got {self.rest!r}")
-        for name, least in (("capacity", 1), ("warmup", 1), ("offline", 2), ("archive", 1), ("augment", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
-        if self.augment_batch < 2:
-            raise ValueError(f"expected augment_batch to be at least 2, got {self.augment_batch}")
+        counts = (("capacity", 1), ("warmup", 1), ("offline", 2), ("archive", 1), ("augment", 0), ("augment_batch", 2))
+        for name, least in counts:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        if self.mode == "uniform" and self.warmup > self.capacity:
+            raise ValueError(f"expected warmup of at most the capacity of {self.capacity}, got {self.warmup}")
         for name in ("pareto_fraction", "top"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
@@ -79,6 +81,13 @@ class ReplayBuffer:
         good = np.ones(len(rows), bool) if valid is None else valid.cpu().numpy()
         if self.u is None:
             self.u = np.zeros((0, values.shape[1]))
+        if self.u.shape[1] != values.shape[1]:
+            # the number of objectives is not known before the first valid object
+            if self.valid[: self._size].any() and good.any():
+                raise ValueError(f"expected {self.u.shape[1]} objectives as held, got {values.shape[1]}")
+            width = max(self.u.shape[1], values.shape[1])
+            self.u, values = (part if part.shape[1] == width else np.zeros((len(part), width)) for part in
+                              (self.u, values))  # fmt: skip
         new = []
         for i, row in enumerate(rows):
             key = row.tobytes()

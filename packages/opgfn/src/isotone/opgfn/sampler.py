@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,12 @@ class Sampler:
         `condition`: preferences (w and beta) or goals of the conditional baselines, drawn where none is given.
         `seed`: draw from a generator of its own, so that training goes on as if nothing had been sampled.
         """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"expected n to be a whole number of at least 1, got {n!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"expected a finite temperature above 0, got {temperature}")
+        if condition is not None and len(condition) != n:
+            raise ValueError(f"expected a condition for each of {n} objects, got {len(condition)}")
         generator = self.generator if seed is None else torch.Generator().manual_seed(seed)
         raw = condition
         if self.conditioner is not None and raw is None:
@@ -136,19 +143,21 @@ class Sampler:
 
     @torch.no_grad()
     def learned_log_reward(self, batch: Trajectories, raw: Tensor | None = None) -> Float[Tensor, " B"]:
-        """log R-hat along given trajectories: log Z + sum log P_F - sum log P_B, or the flow into the sink."""
+        """log R-hat of the objects that trajectories end in: under trajectory balance log Z + sum log P_F - sum log P_B
+        along each, else the flow into the sink, which is the object's alone."""
         condition = self._encoded(raw)
         evaluation = evaluate(self.env, self.policy, batch, condition, self.graph)
         scores = evaluation.scores(idempotent=self.config.idempotent)
-        start = self.log_z(condition).double()
+        last = (batch.lengths - 1)[:, None]
+        if self.config.family == "fm":
+            rows = evaluation.position.gather(1, last).squeeze(1)
+            return evaluation.output.logits.double()[rows, self.env.stop]
         if self.config.needs_flow:
-            start = scores.flows()[:, 0]
+            flow = scores.flows()
             if self.config.family.startswith("fl-"):
-                start = start + evaluation.log_inter()[:, 0]
-        elif self.config.family == "fm":
-            source = evaluation.output.logits.double().masked_fill(~evaluation.forward_mask, -torch.inf)
-            start = torch.logsumexp(source[evaluation.position[:, 0]], 1)
-        return start + scores.ratio().sum(1)
+                flow = flow + torch.where(scores.mask, evaluation.log_inter(), 0.0)
+            return (flow + scores.ratio()).gather(1, last).squeeze(1)
+        return self.log_z(condition).double() + scores.ratio().sum(1)
 
     @torch.no_grad()
     def terminal_distribution(self) -> Float[Tensor, " S"]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from typing import Any
 
@@ -41,7 +43,27 @@ def identity(gfn: Any) -> dict[str, Any]:
     if (vocabulary := getattr(gfn.env, "vocabulary", None)) is not None:
         env["vocabulary"] = [vocabulary.smiles, vocabulary.stems]
     env["objective_names"] = getattr(gfn.memo.objective, "names", None) if gfn.memo is not None else None
+    env["objective"] = "an order" if gfn.memo is None else function_id(gfn.memo.objective)
     return json.loads(json.dumps({**gfn.get_params(), "env": env}))
+
+
+def function_id(function: Any) -> str:
+    """What a function is called and, of a Python one, a digest of what it does: another objective under the same name
+    is another run. What it reads from elsewhere is not seen."""
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return name
+    digest = hashlib.sha256()
+    parts = [code]
+    while parts:  # with the comprehensions and functions inside
+        part = parts.pop()
+        inside = [value for value in part.co_consts if inspect.iscode(value)]
+        plain = [value for value in part.co_consts if isinstance(value, (int, float, str, bytes, tuple, type(None)))]
+        digest.update(part.co_code + repr((part.co_names, plain)).encode())
+        parts += inside
+    return f"{name} {digest.hexdigest()[:12]}"
 
 
 def snapshot(gfn: Any) -> tuple[dict[str, Any], dict[str, Any]]:

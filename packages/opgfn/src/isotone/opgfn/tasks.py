@@ -105,6 +105,8 @@ def make_task(spec: TaskSpec, *, workers: int = 0, seh_weights: Path | None = No
 
 def _make(spec: TaskSpec, workers: int, seh_weights: Path | None) -> tuple[Environment, Callable[[Any], Any], tuple]:
     given = spec.objectives
+    if len(set(given)) < len(given):
+        raise InputError(f"expected each objective once, got {', '.join(given)}")
     if spec.env == "fragments":
         molecules = FragmentEnv(read_vocabulary(spec.vocabulary), spec.max_fragments)
         names = given or ("qed", "sa")

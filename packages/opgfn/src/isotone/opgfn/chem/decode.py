@@ -52,6 +52,15 @@ def assemble(
     return molecule.GetMol()
 
 
+def mol_from_state(env: Any, state: Any) -> Any | None:
+    """The RDKit molecule of one state (width,) of a `FragmentEnv`; None where it is not whole or does not sanitise."""
+    if tuple(state.shape) != (env.width,):
+        raise ValueError(f"expected one state of shape ({env.width},), got {tuple(state.shape)}")
+    if not bool(env.forward_mask(state[None])[0, env.stop]):
+        return None
+    return assemble(env.vocabulary, *env.tree(state.tolist()))
+
+
 def smiles_of(
     vocabulary: Vocabulary, fragments: Sequence[int], bonds: Sequence[tuple[int, int, int, int]]
 ) -> str | None:

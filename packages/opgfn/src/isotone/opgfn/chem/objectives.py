@@ -1,4 +1,4 @@
-"""Objectives of molecules, all in [0, 1] and maximised, computed by RDKit alone (section 2.6) or by the sEH proxy.
+"""Objectives of molecules, all maximised and, but for seh, in [0, 1]: by RDKit alone (section 2.6) or the sEH proxy.
 
 qed: quantitative estimate of drug-likeness. sa: (10 - synthetic accessibility score) / 9. np: natural-product
 likeness from [-5, 5]. mw: clip(1 + (300 - weight) / 700). logp: exp(-(logP - 2.5)^2 / 2), our own window. seh: the
@@ -51,7 +51,9 @@ class Objectives:
         self.pool = WorkerPool(workers, evaluate, self.rdkit_names) if workers else None
 
     def __call__(self, molecules: Sequence[Any]) -> np.ndarray:
-        """(n, objectives) of n SMILES or molecules."""
+        """(n, objectives) of n SMILES or molecules. Raises `InputError` on a single one that is no list."""
+        if isinstance(molecules, str):
+            raise InputError(f"expected a list of SMILES, got one: {molecules!r}")
         texts = [_smiles(molecule) for molecule in molecules]
         self.lookups += len(texts)
         fresh = list(dict.fromkeys(text for text in texts if text not in self.memo))

@@ -24,7 +24,7 @@ class Bag(Environment):
     def __init__(self, letters: int = 7, size: int = 13, seed: int = 0) -> None:
         if letters < 1 or size < 1:
             raise ValueError(f"expected letters and size of at least 1, got {letters} and {size}")
-        self.letters, self.size = letters, size
+        self.letters, self.size, self.seed = letters, size, seed
         self.cardinalities = (size + 1,) * letters
         self.num_actions = letters + 1
         self.num_backward_actions = letters
@@ -92,7 +92,7 @@ class NasCell(Environment):
     def __init__(self, slots: int = 6, operations: int = 5, seed: int = 0, noise: float = 0.12) -> None:
         if slots < 1 or operations < 2:
             raise ValueError(f"expected at least 1 slot and 2 operations, got {slots} and {operations}")
-        self.slots, self.operations = slots, operations
+        self.slots, self.operations, self.seed, self.noise = slots, operations, seed, noise
         self.cardinalities = (operations + 1,) * slots
         self.num_actions = slots * operations + 1
         self.num_backward_actions = slots

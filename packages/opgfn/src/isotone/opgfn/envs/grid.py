@@ -27,7 +27,8 @@ class Grid(Environment):
         self.num_actions = dim + 1
         self.num_backward_actions = dim
         self.max_length = (1 + dim * (side - 2) + 1 if boundary_stop else dim * (side - 1)) + 1
-        self.num_states = side**dim
+        inner = side - 1
+        self.num_states = inner**dim + dim * inner ** (dim - 1) if boundary_stop else side**dim
 
     def reset(self, n: int, device: torch.device | str = "cpu") -> Int[Tensor, "n width"]:
         return torch.zeros(n, self.dim, dtype=torch.int64, device=device)

@@ -30,20 +30,24 @@ class GymEnv(gymnasium.Env):
         self.observation_space = spaces.MultiDiscrete(np.array(env.cardinalities))
         self.action_space = spaces.Discrete(env.num_actions)
         self._state = env.reset(1)
+        self._over = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """The source state."""
         super().reset(seed=seed)
-        self._state = self.env.reset(1)
+        self._state, self._over = self.env.reset(1), False
         return self._state[0].numpy(), {"action_mask": self._mask()}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Observation, reward, terminated, truncated, info."""
+        if self._over:
+            raise ValueError("expected reset before another step: this episode has stopped")
         chosen = torch.tensor([int(action)])
         if not 0 <= int(action) < self.env.num_actions:
             raise ValueError(f"expected an action below {self.env.num_actions}, got {action}")
         self.env.check_actions(self._state, chosen)
         done = bool(self.env.is_done(chosen))
+        self._over = done
         self._state, _ = self.env.step(self._state, chosen)
         reward, info = 0.0, {"action_mask": self._mask()}
         if done and bool(self.env.valid(self._state)):

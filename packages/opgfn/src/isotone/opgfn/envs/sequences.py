@@ -111,6 +111,7 @@ class BindingTable(StringEnv):
 
     def __init__(self, length: int = 8, seed: int = 0) -> None:
         super().__init__("ACGT", length)
+        self.seed = seed
         generator = np.random.default_rng(seed)
         codes = np.indices((4,) * length).reshape(length, -1)
         weights, couplings = generator.normal(size=(length, 4)), 0.8 * generator.normal(size=(length - 1, 4, 4))
