@@ -75,9 +75,9 @@ _RESNET = Scale(
 )
 SCALES = {
     "smoke": Scale(
-        recipe=Recipe(epochs=3),
+        recipe=Recipe(epochs=4),
         rewind=1,
-        config=SearchConfig(epochs=4),
+        config=SearchConfig(epochs=12),
         seeds=(0,),
         arms=("cts", "ltr", "snip", "magnitude"),
         curve=("cts", "magnitude"),
