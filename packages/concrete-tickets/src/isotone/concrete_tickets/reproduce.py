@@ -77,7 +77,7 @@ SCALES = {
     "smoke": Scale(
         recipe=Recipe(epochs=4),
         rewind=1,
-        config=SearchConfig(epochs=6),
+        config=SearchConfig(epochs=12),
         seeds=(0,),
         arms=("cts", "ltr", "snip", "magnitude"),
         curve=("cts", "magnitude"),
