@@ -74,6 +74,7 @@ def test_gymnasium_accepts_the_wrapper() -> None:
     observation, reward, done, _, info = wrapped.step(2)
     assert done and reward == pytest.approx(info["objectives"].mean()) and len(info["objectives"]) == 2
     rows = np.array([[3, 5]])
+    wrapped.reset()
     wrapped._state = wrapped._state.new_tensor(rows)
     with pytest.raises(ValueError, match="got 1 in state"):
         wrapped.step(1)

@@ -368,8 +368,8 @@ class GFlowNet(Sampler):
             valid = self.env.valid(terminals)
             better = torch.zeros(len(batch), len(batch), dtype=torch.bool, device=self.device)
             if bool(valid.any()):  # what is no object can not be compared: it loses to every one that is
-                known = valid.nonzero().squeeze(1).to(self.device)
-                better[known[:, None], known] = self._compared(order_fn, terminals[valid])
+                objects = valid.nonzero().squeeze(1).to(self.device)
+                better[objects[:, None], objects] = self._compared(order_fn, terminals[valid])
             return Target(None, valid, better)
         u, valid = self.memo(terminals)
         condition = None
