@@ -189,3 +189,20 @@ def test_sanity_checks_report_what_hurts():
     with pytest.raises(InputError, match="l0/kernel"):
         sanity_check(ticket, toy.params(sizes=(7, 8, 5, 3)), evaluate, key=jax.random.key(0))
     assert isinstance(report.tickets["inverted"], Ticket)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_gradual_pruning_reaches_the_density_in_few_epochs(epochs):
+    trainer = toy.Trainer(toy.apply, toy.Recipe(epochs=epochs, batch_size=16))
+    _, ticket = gradual_magnitude(trainer, PARAMS, DATA, 0.2)
+    assert ticket.kept == kept_count(0.2, ticket.total)
+
+
+def test_what_does_not_fit_is_refused():
+    key = jax.random.key(0)
+    with pytest.raises(InputError, match="of l0/kernel, got 1.5"):
+        random_ticket(PARAMS, 0.1, key, {"l0/kernel": 1.5, "l1/kernel": 0.1, "l2/kernel": 0.1})
+    with pytest.raises(InputError, match="got none"):
+        accuracy(toy.apply, PARAMS, (DATA[0][:0], DATA[1][:0]))
+    with pytest.raises(InputError, match="labels from 0 to 2"):
+        train(toy.TRAINER, PARAMS, (DATA[0], DATA[1] + 1))

@@ -127,7 +127,21 @@ def test_weights_in_files(tmp_path):
         load_weights(tmp_path / "no", params)
 
 
-@pytest.mark.parametrize("text", ["obd", "snip@late", "snip:", "snip:0", "cts:entropy", "ltr:x", "ltr:1.5", "erk:2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "obd",
+        "snip@late",
+        "snip:",
+        "snip:0",
+        "cts:entropy",
+        "ltr:x",
+        "ltr:1.5",
+        "erk:2",
+        "snip:²",
+        "cts:kl+short+lagrangian",
+    ],
+)
 def test_bad_arms(text):
     with pytest.raises(InputError):
         Arm.parse(text)

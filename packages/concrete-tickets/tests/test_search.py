@@ -15,7 +15,7 @@ from flax import linen, nnx
 from jax.sharding import PartitionSpec
 
 from isotone.concrete_tickets import OBJECTIVES, SearchConfig, from_linen, from_nnx, grad_balance, search
-from isotone.concrete_tickets.batches import epoch_order
+from isotone.concrete_tickets.batches import check_count, epoch_order
 from isotone.concrete_tickets.concrete import relaxed_mask
 from isotone.concrete_tickets.known import energy, orthonormal_regression, planted_teacher
 from isotone.concrete_tickets.layout import Layout, kept_count, masked
@@ -374,3 +374,38 @@ def test_data_that_does_not_fit():
             search(toy.apply, PARAMS, data, 0.1, config=SMALL)
     with pytest.raises(InputError, match="logits"):
         search(lambda p, x: toy.apply(p, x).sum(-1), PARAMS, DATA, 0.1, config=SMALL)
+
+
+@pytest.mark.parametrize("structure", ["output", "2:4"])
+def test_the_inverted_ticket_has_the_structure(structure):
+    # a leaf of 8 x 5
+    result = run(None if ":" in structure else 0.5, structure=structure, where=lambda name, _: name == "l1/kernel")
+    inverted = result.inverted()
+    assert 0 < inverted.kept <= result.ticket.kept
+    for mask in map(np.asarray, inverted.masks.values()):
+        if structure == "output":
+            assert (mask.all(0) | ~mask.any(0)).all()
+        else:
+            assert (mask.T.reshape(-1, 4).sum(1) == 2).all()
+
+
+def test_cached_logits_stand_for_their_own_inputs_alone():
+    def shifted(masked, dense, batch, rng):
+        return jnp.mean((masked(batch.inputs + 1) - dense(batch.inputs + 1)) ** 2)
+
+    found = [run(0.3, objective=shifted, epochs=1, cache_dense=how).history["objective"] for how in CACHES[::2]]
+    np.testing.assert_array_equal(*found)
+
+
+def test_densities_of_numpy_and_data_of_lists():
+    plain = run([0.1, 0.2], epochs=1)
+    arrays = run(np.array([0.1, 0.2]), epochs=1)
+    lists = search(toy.apply, PARAMS, [part.tolist() for part in map(np.asarray, DATA)], 0.1, config=SMALL, epochs=1)
+    assert [r.ticket.kept for r in plain] == [r.ticket.kept for r in arrays]
+    assert lists.ticket.kept == plain[0].ticket.kept == run(np.float32(0.1), epochs=1).ticket.kept
+    for count in (2.5, True, 0):
+        with pytest.raises(InputError, match="whole number"):
+            check_count("epochs", count)
+    for density in ([], True):
+        with pytest.raises(InputError, match="expected a density"):
+            run(density)

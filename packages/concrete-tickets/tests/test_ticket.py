@@ -181,3 +181,13 @@ def test_density_one_is_the_dense_ticket():
 def _kernels(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {leaf_name(p): w for p, w in leaves if default_kernels(leaf_name(p), w)}
+
+
+def test_scores_and_places_that_do_not_fit(tmp_path):
+    ticket = Ticket.from_scores({"a": np.arange(6.0).reshape(2, 3)}, 0.5)
+    with pytest.raises(InputError, match=r"a of shape \(2, 3\)"):
+        ticket.invert({"a": np.ones((3, 3))})
+    file = ticket.save(tmp_path / "new" / "t.safetensors")
+    assert Ticket.load(file).kept == 3
+    with pytest.raises(InputError, match="expected to write a ticket"):
+        ticket.save(file / "t.safetensors")

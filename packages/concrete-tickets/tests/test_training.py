@@ -324,3 +324,13 @@ def test_training_on_images_inside_jit():
     labels = rng.integers(0, 4, 32).astype(np.int32)
     params = train(trainer, model.init(jax.random.key(0)), (images, labels)).params
     assert 0 <= accuracy(model.apply, params, (images, labels), trainer.prepare, batch_size=16) <= 1
+
+
+def test_masks_of_other_parameters_are_refused():
+    ticket = magnitude(PARAMS, 0.3)
+    for call in (
+        lambda: mask_optimizer(optax.sgd(0.1), ticket).init({"params": PARAMS}),
+        lambda: masked_apply(lambda p, x: toy.apply(p["params"], x), ticket)({"params": PARAMS}, DATA[0]),
+    ):
+        with pytest.raises(InputError, match="expected a leaf 'l0/kernel'"):
+            call()

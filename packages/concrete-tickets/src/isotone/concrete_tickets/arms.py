@@ -62,11 +62,14 @@ class Arm:
     def _check(self, text: str) -> None:
         option = str(self.option)
         if self.method in ("cts", "saliency"):
-            resolve_objective(option.removesuffix("+lagrangian").removesuffix("+short"))
+            name, plus, form = option.partition("+")
+            resolve_objective(name)
+            if plus and (self.method != "cts" or form not in ("short", "lagrangian")):
+                raise InputError(f"expected cts:OBJECTIVE+short or +lagrangian, got {text!r}")
         elif self.method == "ltr":
             lottery.rounds_to(0.5, self.keep(0.5))
         elif self.method in ("snip", "grasp", "synflow"):
-            if not (option.isdigit() and int(option) >= 1):
+            if not (option.isdecimal() and option.isascii() and int(option) >= 1):
                 raise InputError(f"expected a number of rounds, got {text!r}")
         else:
             raise InputError(f"expected no option for {self.method}, got {text!r}")

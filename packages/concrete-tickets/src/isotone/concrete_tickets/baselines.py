@@ -68,6 +68,9 @@ def random_ticket(
         return Ticket.from_scores(scores, density)
     if missing := set(weights) - set(layer_densities):
         raise InputError(f"expected a density for every layer, got none for {', '.join(sorted(missing))}")
+    for name in weights:
+        if not 0 <= layer_densities[name] <= 1:
+            raise InputError(f"expected a density in [0, 1] of {name}, got {layer_densities[name]}")
     counts = {name: round(layer_densities[name] * w.size) for name, w in weights.items()}
     return _by_layer(scores, counts)
 
@@ -159,7 +162,7 @@ def scores(kind: str, apply_fn: ApplyFn, params: Params, batch: Batch, where: Wh
 def _iterate(kind, apply_fn, params, batch, density, rounds, where, objective=None, features_fn=None) -> Ticket:
     if rounds < 1:
         raise InputError(f"expected rounds to be at least 1, got {rounds}")
-    layout = Layout.of(params, where)
+    layout, batch = Layout.of(params, where), Batch(*batch)
     count = kept_count(density, layout.total)
     mask = np.ones(layout.total, bool)
     for number in range(1, rounds + 1):

@@ -17,6 +17,24 @@ from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.errors import InputError
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise `InputError` where `value` is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+
+
+def count_classes(apply_fn: Any, params: Any, data: Any, prepare: Any) -> int | None:
+    """How many classes the network tells apart; None where `data` is no pair (`check_data` says so)."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        return None
+    example = np.asarray(data[0]) if not hasattr(data[0], "dtype") else data[0]
+    inputs = jax.ShapeDtypeStruct((1, *example.shape[1:]), example.dtype)
+    shape = jax.eval_shape(lambda p, x: apply_fn(p, x if prepare is None else prepare(x)), params, inputs).shape
+    if len(shape) != 2:
+        raise InputError(f"expected apply_fn to give logits (n, classes), got shape {shape}")
+    return shape[1]
+
+
 def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[Array, Array]:
     """`(inputs, labels)` on the device.
 
@@ -26,6 +44,8 @@ def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise InputError(f"expected data as (inputs, labels), got {type(data).__name__}")
     inputs, labels = data
+    if not hasattr(inputs, "dtype"):
+        inputs = np.asarray(inputs)
     if len(inputs) != len(labels):
         raise InputError(f"expected as many labels as inputs, got {len(labels)} and {len(inputs)}")
     if not 1 <= batch_size <= len(inputs):
@@ -36,7 +56,8 @@ def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[
     if host.ndim != 1 or not np.issubdtype(host.dtype, np.integer):
         raise InputError(f"expected labels as whole numbers, one an example, got {host.dtype} of shape {host.shape}")
     if host.min() < 0 or (classes is not None and host.max() >= classes):
-        raise InputError(f"expected labels from 0 to {(classes or 0) - 1}, got {host.min()} to {host.max()}")
+        upper = "on" if classes is None else f"to {classes - 1}"
+        raise InputError(f"expected labels from 0 {upper}, got {host.min()} to {host.max()}")
     return jax.device_put(inputs), jax.device_put(host.astype(np.int32))
 
 
@@ -68,6 +89,8 @@ def accuracy(apply_fn: Any, params: Any, data: Any, prepare: Any = None, batch_s
     `batch_size` (the last one smaller), in the order given.
     """
     inputs, labels = data
+    if not len(labels):
+        raise InputError("expected examples to classify, got none")
     starts = range(0, len(labels), batch_size)
     correct = [
         _correct(apply_fn, prepare, params, inputs[i : i + batch_size], labels[i : i + batch_size]) for i in starts

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 import jax
@@ -71,14 +72,21 @@ def masked(params: Params, masks: Masks) -> Params:
     return jax.tree_util.tree_map_with_path(multiply, params)
 
 
-def kept_count(density: float, total: int) -> int:
+def check_masks(masks: Masks, params: Params) -> None:
+    """Raise `InputError` where a masked leaf is missing from `params` or has another shape."""
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    Layout(tuple(masks), tuple(tuple(m.shape) for m in masks.values())).check(leaves)
+
+
+def kept_count(density: Any, total: int) -> int:
     """floor(density * total), exact: the density is read as the decimal it is written as (0.29 of 100 is 29).
 
     Raises `InputError` where the density is not in (0, 1], or keeps nothing.
     """
-    if not (isinstance(density, (int, float)) and math.isfinite(density) and 0 < density <= 1):
-        raise InputError(f"expected a density in (0, 1], got {density}")
-    count = math.floor(Fraction(repr(float(density))) * total)
+    number = isinstance(density, Real) and not isinstance(density, (bool, np.bool_))
+    if not (number and math.isfinite(density) and 0 < density <= 1):
+        raise InputError(f"expected a density in (0, 1], got {density!r}")
+    count = math.floor(Fraction(str(density)) * total)
     if count == 0:
         raise InputError(f"expected a density that keeps a weight of {total}, got {density}")
     return count

@@ -130,7 +130,8 @@ def gradual_magnitude(
     trained = Trained(params, None, np.zeros(0))
     reached = 1.0
     for epoch in range(epochs):
-        target = schedule.density(density, epoch, epochs)
+        # the last epoch trains the ticket that was asked for, however short the schedule
+        target = density if epoch == epochs - 1 else schedule.density(density, epoch, epochs)
         if target < reached:
             ticket, reached = prune_magnitude(trained.params, ticket, target), target
         trained = train(

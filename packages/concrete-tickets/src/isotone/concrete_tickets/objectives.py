@@ -37,7 +37,7 @@ class Network:
     """The network at given weights, which is what an objective sees.
 
     `names`: the leaves whose gradient `weight_gradient` gives. `axis_name`: the mesh axis the batch is spread over;
-    means over the batch then run over all of it. `cached`: logits of the batch that are known already.
+    means over the batch then run over all of it. `cached`: logits that are known already, of the inputs `known`.
     """
 
     apply_fn: ApplyFn
@@ -46,9 +46,12 @@ class Network:
     features_fn: FeaturesFn | None = None
     axis_name: str | None = None
     cached: Array | None = None
+    known: Any = None
 
     def __call__(self, inputs: Any) -> Array:
-        return self.apply_fn(self.params, inputs) if self.cached is None else self.cached
+        if self.cached is not None and inputs is self.known:
+            return self.cached
+        return self.apply_fn(self.params, inputs)
 
     def features(self, inputs: Any) -> tuple[Array, tuple[Array, ...]]:
         """Logits and the ReLU outputs. Raises `InputError` where the search was given no `features_fn`."""

@@ -74,8 +74,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         check_relaxation(self.tau, self.parametrization)
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+            batches.check_count(name, getattr(self, name))
         for name in ("lr", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"expected a finite {name} above 0, got {getattr(self, name)}")
@@ -108,10 +107,17 @@ class SearchResult:
     ticket: Ticket
     logits: dict[str, Array]
     history: dict[str, np.ndarray]
+    structure: str = "weight"
 
     def inverted(self) -> Ticket:
-        """The ticket of as many weights with the LOWEST logits."""
-        return self.ticket.invert(self.logits)
+        """The ticket of as many weights with the LOWEST logits (of whole groups: at most as many)."""
+        if not self.logits:
+            return self.ticket
+        shapes = tuple(tuple(logits.shape) for logits in self.logits.values())
+        layout = Layout(tuple(self.logits), shapes, self.structure)
+        groups = layout.flatten({name: np.asarray(logits) for name, logits in self.logits.items()})
+        mask = layout.select(-groups / np.asarray(layout.sizes()), None, count=self.ticket.kept)
+        return Ticket(layout.expand_eagerly(mask))
 
 
 @dataclass(frozen=True, eq=True)
@@ -180,7 +186,7 @@ def search_step(
     noise = layout.cut(logistic_noise(step_key, (layout.groups,)))
     axis = None if spec.mesh is None else AXIS
     make = functools.partial(Network, spec.apply_fn, names=layout.names, features_fn=spec.features_fn, axis_name=axis)
-    dense = make(params, cached=dense_logits)
+    dense = make(params, cached=dense_logits, known=batch.inputs)
 
     def value(logits: dict[str, Array]) -> Array:
         masks = {n: relaxed_mask(logits[n], noise[n], config.tau, config.parametrization) for n in layout.names}
@@ -208,7 +214,7 @@ def search(
     apply_fn: ApplyFn,
     params: Params,
     data: Any,
-    density: float | Sequence[float] | None,
+    density: float | Sequence[float] | np.floating | np.ndarray | None,
     objective: str | Objective = "kl",
     *,
     key: Array | None = None,
@@ -243,9 +249,11 @@ def search(
     keys = _typed(jax.random.key(0) if key is None else key)
     one = _of_one_key(params, keys) if params_per_key else params
     layout = Layout.of(one, where, config.structure)
-    many_densities = isinstance(density, (list, tuple))
+    many_densities = isinstance(density, (list, tuple, np.ndarray)) and np.ndim(density) == 1
+    if many_densities and not len(density):  # type: ignore[arg-type]
+        raise InputError("expected a density, got none")
     targets = [_target(layout, d) for d in (density if many_densities else [density])]  # type: ignore[union-attr,arg-type]
-    classes = None if mesh is not None else _classes(apply_fn, one, data, prepare)
+    classes = None if mesh is not None else batches.count_classes(apply_fn, one, data, prepare)
     inputs, labels = batches.check_data(data, config.batch_size, classes)
     check_mesh(mesh, config.batch_size)
     steps = len(labels) // config.batch_size
@@ -313,11 +321,11 @@ def _results(spec: SearchSpec, state: SearchState, history: Any, targets: Any) -
         mask = spec.layout.select(ranked[number], None if spec.layout.n_of_m else float(target))
         logits = spec.layout.expand_eagerly(ranked[number])
         steps = {name: values[number] for name, values in history.items()}
-        found.append(SearchResult(Ticket(spec.layout.expand_eagerly(mask)), logits, steps))
+        found.append(SearchResult(Ticket(spec.layout.expand_eagerly(mask)), logits, steps, spec.layout.structure))
     return found
 
 
-def _target(layout: Layout, density: float | None) -> float:
+def _target(layout: Layout, density: Any) -> float:
     """The density to hold. For "N:M" it is N/M, which may also be given."""
     if layout.n_of_m is not None:
         n, m = layout.n_of_m
@@ -332,6 +340,8 @@ def _target(layout: Layout, density: float | None) -> float:
 
 def _typed(key: Array) -> Array:
     """A key () or several (S,), also where they came as raw numbers."""
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise InputError(f"expected a key such as jax.random.key(0), got {key!r}")
     keys = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     if keys.ndim > 1 or keys.size == 0:
         raise InputError(f"expected a key or an array of keys, got keys of shape {keys.shape}")
@@ -364,17 +374,6 @@ def _together_and_alone(apply_fn: ApplyFn, prepare: Any, params: Params, inputs:
     """The first example's logits in a batch of two, and alone."""
     two = inputs[:2] if prepare is None else prepare(inputs[:2])
     return apply_fn(params, two)[:1], apply_fn(params, two[:1])
-
-
-def _classes(apply_fn: ApplyFn, params: Params, data: Any, prepare: Any) -> int | None:
-    """How many classes the network tells apart."""
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        return None
-    inputs = jax.ShapeDtypeStruct((1, *data[0].shape[1:]), data[0].dtype)
-    shape = jax.eval_shape(lambda p, x: apply_fn(p, x if prepare is None else prepare(x)), params, inputs).shape
-    if len(shape) != 2:
-        raise InputError(f"expected apply_fn to give logits (n, classes), got shape {shape}")
-    return shape[1]
 
 
 def _batches(spec: SearchSpec, key: Array, examples: int) -> tuple[np.ndarray, np.ndarray]:

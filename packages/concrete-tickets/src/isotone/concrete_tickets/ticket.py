@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isotone.concrete_tickets.layout import Layout, Masks, Params, Where, default_kernels, leaf_name, named_weights
+from isotone.concrete_tickets.layout import (
+    Layout,
+    Masks,
+    Params,
+    Where,
+    check_masks,
+    default_kernels,
+    leaf_name,
+    named_weights,
+)
 from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError
@@ -95,8 +104,7 @@ class Ticket:
 
     def check(self, params: Params) -> None:
         """Raise `InputError` where a masked leaf is missing from `params` or has another shape."""
-        leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-        Layout(tuple(self.masks), tuple(tuple(m.shape) for m in self.masks.values())).check(leaves)
+        check_masks(self.masks, params)
 
     def apply(self, params: Params) -> Params:
         """`params` with the weights that are not kept at exactly 0. Raises `InputError` as `check`."""
@@ -122,7 +130,8 @@ class Ticket:
         return Ticket(shuffled)
 
     def invert(self, scores: Masks) -> Ticket:
-        """As many weights, those with the LOWEST scores (sanity check b)."""
+        """As many weights, those with the LOWEST scores (sanity check b). Raises `InputError` on scores of others."""
+        Layout(tuple(self.masks), tuple(tuple(m.shape) for m in self.masks.values())).check(scores)
         return Ticket.from_scores(scores, None, lowest=True, warn=False, count=self.kept)
 
     def to_bcoo(self, params: Params) -> dict[str, Any]:
@@ -145,7 +154,11 @@ class Ticket:
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         packed = {name: np.packbits(np.asarray(mask).reshape(-1)) for name, mask in self.masks.items()}
         path = Path(path)
-        atomic_write(path, save(packed, {"format": _FORMAT, "shapes": json.dumps(shapes)}))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, save(packed, {"format": _FORMAT, "shapes": json.dumps(shapes)}))
+        except OSError as error:
+            raise InputError(f"expected to write a ticket to {str(path)!r}, got {error.strerror}") from None
         return path
 
     @classmethod
@@ -167,7 +180,9 @@ class Ticket:
                     name: jax.device_put(bits[name][: math.prod(shape)].astype(bool).reshape(shape))
                     for name, shape in shapes.items()
                 }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"expected a whole ticket, got a torn or corrupted one: {str(path)!r} ({error})") from None
         return cls(masks)
 

@@ -50,8 +50,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+            batches.check_count(name, getattr(self, name))
         for name in ("lr", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"expected a finite {name} of at least 0, got {getattr(self, name)}")
@@ -131,7 +130,9 @@ def train(
     if not 0 <= first <= last <= recipe.epochs:
         raise InputError(f"expected epochs within 0 to {recipe.epochs}, got {first} to {last}")
     check_mesh(trainer.mesh, recipe.batch_size)
-    inputs, labels = batches.check_data(data, recipe.batch_size)
+    sharded = trainer.mesh is not None
+    classes = None if sharded else batches.count_classes(trainer.apply_fn, params, data, trainer.prepare)
+    inputs, labels = batches.check_data(data, recipe.batch_size, classes)
     key = jax.random.key(0) if key is None else key
     masks = {}
     if ticket is not None:
