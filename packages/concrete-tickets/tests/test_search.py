@@ -406,6 +406,7 @@ def test_densities_of_numpy_and_data_of_lists():
     for count in (2.5, True, 0):
         with pytest.raises(InputError, match="whole number"):
             check_count("epochs", count)
-    for density in ([], True):
-        with pytest.raises(InputError, match="expected a density"):
-            run(density)
+    with pytest.raises(InputError, match="expected a density, got none"):
+        run([])
+    with pytest.raises(InputError, match="got True"):
+        kept_count(True, 10)
