@@ -1,0 +1,181 @@
+"""Federated training: local steps, what is sent, one global step; a round is one pure function (section 2.3).
+
+`FedAlgorithm` is a pair (init, round) over any pytree. All clients run in one vmap; who takes part, who straggles and
+whose numbers are not finite is decided inside, by weights, so that one compile serves every round. Legend: N clients, m
+of them in a round, K local steps, eta_l the clients' rate, eta_g the global one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Int
+
+from isotone.shared.errors import InputError
+from isotone.sketching.compressors import Compressor, Sketched
+from isotone.sketching.data import ClientData, batch_of
+from isotone.sketching.trees import TreeSketch, tree_sketch
+
+LossFn = Callable[[Any, Any, Any], Array]
+"""`loss_fn(params, x, y) -> scalar`, the mean over a batch."""
+
+
+class FedState(NamedTuple):
+    """`params`; `round`, from 0; the compressor's states; the server optimizer's; `ema_loss` of the newest round."""
+
+    params: Any
+    round: Array
+    clients: Any
+    server: Any
+    optimizer: Any
+
+
+class RoundInfo(NamedTuple):
+    """`loss`: mean of the participants' first local batches; `taken`: who took part (m,), by number; `heard`: whose
+    update was counted; `norm` of the update."""
+
+    loss: Array
+    taken: Int[Array, " m"]
+    heard: Array
+    norm: Array
+
+
+@dataclass(frozen=True)
+class FedConfig:
+    """`local_steps` K on batches of `batch` (0: all of the client's data); `rate` eta_l; `participants` m (None: all);
+    `straggle`: the chance that a participant is not heard in a round; `eta_g`: "auto", the compressor's own, or a
+    number. `weigh`: "equal", the paper's 1/N, or "size"."""
+
+    local_steps: int = 5
+    batch: int = 32
+    rate: float = 0.5
+    participants: int | None = None
+    straggle: float = 0.0
+    eta_g: str | float = "auto"
+    weigh: str = "equal"
+
+    def __post_init__(self) -> None:
+        for name, least in (("local_steps", 1), ("batch", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        if not 0 < self.rate < float("inf"):
+            raise InputError(f"expected a finite rate above 0, got {self.rate}")
+        if self.participants is not None and self.participants < 1:
+            raise InputError(f"expected at least 1 participant, got {self.participants}")
+        if not 0 <= self.straggle < 1:
+            raise InputError(f"expected straggle in [0, 1), got {self.straggle}")
+        if self.eta_g != "auto" and not (isinstance(self.eta_g, (int, float)) and 0 < self.eta_g < float("inf")):
+            raise InputError(f"expected eta_g to be auto or a number above 0, got {self.eta_g!r}")
+        if self.weigh not in ("equal", "size"):
+            raise InputError(f"expected weigh to be equal or size, got {self.weigh!r}")
+
+
+@dataclass(frozen=True)
+class FedAlgorithm:
+    """`init(params, clients) -> FedState`; `round(state, key, data) -> (FedState, RoundInfo)`, to be jitted."""
+
+    loss_fn: LossFn
+    compressor: Compressor
+    tree: TreeSketch
+    config: FedConfig
+    server_opt: optax.GradientTransformation
+    local_update: Callable[..., Any] | None = None
+    """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local SGD (private steps)."""
+
+    def init(self, params: Any, clients: int) -> FedState:
+        """The state before the first round."""
+        if self.config.participants is not None and self.config.participants > clients:
+            raise InputError(f"expected at most {clients} participants, got {self.config.participants}")
+        own, server = self.compressor.init(clients)
+        return FedState(params, jnp.zeros((), jnp.int32), own, server, self.server_opt.init(params))
+
+    @property
+    def eta_g(self) -> float:
+        """The global step."""
+        return self.compressor.scale if self.config.eta_g == "auto" else float(self.config.eta_g)
+
+    def local(self, params: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
+        """K steps of SGD on one client: the difference they made, and the first batch's loss."""
+        config = self.config
+
+        def step(carry: Any, number: Array) -> tuple[Any, Array]:
+            if config.batch:
+                x, y = batch_of(data, jax.random.fold_in(key, number), client, config.batch)
+                loss, gradient = jax.value_and_grad(self.loss_fn)(carry, x, y)
+            else:
+                loss, gradient = jax.value_and_grad(_whole(self.loss_fn))(carry, data, client)
+            return jax.tree.map(lambda p, g: p - config.rate * g, carry, gradient), loss
+
+        after, losses = jax.lax.scan(step, params, jnp.arange(config.local_steps))
+        return jax.tree.map(jnp.subtract, after, params), losses[0]
+
+    def round(self, state: FedState, key: Array, data: ClientData) -> tuple[FedState, RoundInfo]:
+        """One round. A participant whose update is not finite is left out, and so are stragglers; where nobody is
+        heard the weights stay."""
+        clients, config = len(data), self.config
+        m = config.participants or clients
+        chosen, late, local_key, wire_key = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        taken = jnp.arange(clients) if m == clients else jax.random.choice(chosen, clients, (m,), replace=False)
+        update_fn = self.local_update or self.local
+
+        def one(client: Array) -> tuple[Array, Array]:
+            delta, loss = update_fn(state.params, jax.random.fold_in(local_key, client), data, client)
+            return self.tree.flatten(delta), loss
+
+        deltas, losses = jax.vmap(one)(taken)
+        heard = jnp.all(jnp.isfinite(deltas), 1) & (jax.random.uniform(late, (m,)) >= config.straggle)
+        weights = heard * (data.size[taken] if config.weigh == "size" else jnp.ones(m))
+        weights = weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        own = jax.tree.map(lambda leaf: leaf[taken], state.clients)
+        found = self.compressor.combine(state.round, wire_key, deltas, weights, own, state.server)
+        kept = jax.tree.map(lambda whole, part: whole.at[taken].set(part), state.clients, found.clients)
+        update = self.tree.unflatten(self.eta_g * found.update)
+        # optax takes gradients: minus the update
+        step, optimizer = self.server_opt.update(jax.tree.map(jnp.negative, update), state.optimizer, state.params)
+        params = optax.apply_updates(state.params, step)
+        loss = jnp.sum(jnp.where(heard, losses, 0.0)) / jnp.maximum(jnp.sum(heard), 1)
+        info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update))
+        return FedState(params, state.round + 1, kept, found.server, optimizer), info
+
+
+def fed_algorithm(
+    loss_fn: LossFn,
+    params: Any,
+    compressor: Compressor | None = None,
+    *,
+    kind: str = "srht",
+    ratio: float = 10.0,
+    seed: int = 0,
+    per_leaf: bool = False,
+    server_opt: optax.GradientTransformation | None = None,
+    local_update: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> FedAlgorithm:
+    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio`.
+
+    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. Raises
+    `InputError` where the compressor is for another number of weights.
+    """
+    tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf)
+    channel: Compressor = Sketched(tree) if compressor is None else compressor
+    if channel.d != tree.d:
+        raise InputError(f"expected a compressor for {tree.d} numbers, got one for {channel.d}")
+    return FedAlgorithm(loss_fn, channel, tree, FedConfig(**settings), server_opt or optax.sgd(1.0), local_update)
+
+
+def _whole(loss_fn: LossFn) -> Callable[..., Array]:
+    """The mean loss over all of a client's examples: padding counts for nothing."""
+
+    def loss(params: Any, data: ClientData, client: Array) -> Array:
+        each = jax.vmap(lambda x, y: loss_fn(params, x[None], y[None]))(data.x[client], data.y[client])
+        there = jnp.arange(each.shape[0]) < data.size[client]
+        return jnp.sum(jnp.where(there, each, 0.0)) / data.size[client]
+
+    return loss

@@ -1,0 +1,92 @@
+"""Stateless random numbers: what a sketch is made of is a function of (seed, round, index), on every host and device.
+
+Everything is uint32 arithmetic, which JAX does alike everywhere. `mix` is the finaliser of MurmurHash3 (two rounds of
+xor, shift and multiply), a bijection of 32-bit words; `permuted` is a Feistel network on it, walked until it lands
+inside [0, n): a permutation of which any entry costs O(1), so that s rows of 2^k are drawn without a table of 2^k.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int, UInt32
+
+_GOLDEN = 0x9E3779B9
+_ROUNDS = 6
+
+
+def mix(words: UInt32[Array, ...]) -> UInt32[Array, ...]:
+    """A bijection of 32-bit words that spreads every bit (MurmurHash3's finaliser)."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
+
+
+def stream(seed: int, round: Array | int, purpose: int) -> UInt32[Array, " 2"]:
+    """Two key words for one purpose of one round: different rounds and purposes share nothing."""
+    first = mix(jnp.uint32(seed & 0xFFFFFFFF) + jnp.uint32(_GOLDEN))
+    first = mix(first ^ jnp.uint32((seed >> 32) & 0xFFFFFFFF))
+    first = mix(first + jnp.asarray(round).astype(jnp.uint32) * jnp.uint32(_GOLDEN))
+    first = mix(first ^ jnp.uint32(purpose * 0x85EBCA6B & 0xFFFFFFFF))
+    return jnp.stack([first, mix(first + jnp.uint32(_GOLDEN))])
+
+
+def words(key: UInt32[Array, " 2"], index: UInt32[Array, ...]) -> UInt32[Array, ...]:
+    """A random word for each index."""
+    return mix(mix(index * jnp.uint32(_GOLDEN) + key[0]) ^ key[1])
+
+
+def signs(key: UInt32[Array, " 2"], index: UInt32[Array, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """+1 or -1 for each index."""
+    return 1 - 2 * (words(key, index) >> 31).astype(dtype)
+
+
+def below(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int[Array, ...]:
+    """A number from 0 to n - 1 for each index, n at most 2^31; uniform up to n / 2^32."""
+    drawn = words(key, index)
+    if n & (n - 1) == 0:
+        return (
+            (drawn >> jnp.uint32(33 - n.bit_length())).astype(jnp.int32) if n > 1 else jnp.zeros_like(drawn, jnp.int32)
+        )
+    # the high half of drawn * n by 16-bit parts: no 64-bit integers are needed
+    high, low = drawn >> 16, drawn & jnp.uint32(0xFFFF)
+    n_high, n_low = jnp.uint32(n >> 16), jnp.uint32(n & 0xFFFF)
+    middle = high * n_low + ((low * n_low) >> 16)
+    other = low * n_high + (middle & jnp.uint32(0xFFFF))
+    return (high * n_high + (middle >> 16) + (other >> 16)).astype(jnp.int32)
+
+
+def normals(key: UInt32[Array, " 2"], index: UInt32[Array, ...]) -> Array:
+    """A standard normal number for each index, by Box and Muller's transform of two words."""
+    first = (words(key, index) >> 8).astype(jnp.float32) * (1 / 2**24) + 0.5 / 2**24
+    second = (words(key ^ jnp.uint32(_GOLDEN), index) >> 8).astype(jnp.float32) * (1 / 2**24)
+    return jnp.sqrt(-2 * jnp.log(first)) * jnp.cos(2 * jnp.pi * second)
+
+
+def permuted(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int[Array, ...]:
+    """The images of `index` under a random permutation of [0, n).
+
+    A Feistel network on the smallest even number of bits that holds n; values beyond n walk on until they are inside,
+    less than four times on average.
+    """
+    half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
+    mask = jnp.uint32((1 << half) - 1)
+
+    def network(value: Array) -> Array:
+        left, right = value >> half, value & mask
+        for number in range(_ROUNDS):
+            turned = words(key + jnp.uint32(number), right) & mask
+            left, right = right, left ^ turned
+        return (left << half) | right
+
+    def inside(value: Array) -> Array:
+        return value < jnp.uint32(n)
+
+    def walk(value: Array) -> Array:
+        return jnp.where(inside(value), value, network(value))
+
+    value = network(index.astype(jnp.uint32))
+    value = jax.lax.while_loop(lambda v: ~jnp.all(inside(v)), walk, value)
+    return value.astype(jnp.int32)
