@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.shared.testing import run_cli
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -73,3 +73,14 @@ def test_bugs_keep_their_traceback(argv, tmp_path):
 def test_success_and_interruption(tmp_path):
     assert run_cli(app, ["fine"], tmp_path).stdout == "3\n"
     assert run_cli(app, ["stop"], tmp_path).code == 130
+
+
+@pytest.mark.parametrize(("value", "least"), [(0, 1), (-1, 0), (2.0, 1), (True, 1), ("3", 1), (None, 1)])
+def test_what_is_no_count(value: object, least: int) -> None:
+    with pytest.raises(InputError, match=f"expected steps to be a whole number of at least {least}, got "):
+        check_count("steps", value, least)
+
+
+def test_counts() -> None:
+    check_count("steps", 1)
+    check_count("steps", 0, 0)

@@ -10,7 +10,7 @@ from models import make
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.shared.testing import run_cli
-from isotone.swiftkv import bench, benchmark, cli, convert, drop_teacher, kv_bytes, reproduce, speedup_bound
+from isotone.swiftkv import bench, benchmark, convert, drop_teacher, kv_bytes, reproduce, speedup_bound, texts
 from isotone.swiftkv.cli import app
 from isotone.swiftkv.data import pack
 from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
@@ -132,14 +132,14 @@ def test_an_answer_begins_no_text_and_ends(folder, tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     (tmp_path / "talk.jsonl").write_text(json.dumps({"prompt": "what is it", "completion": "one two"}))
-    (found,) = cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+    (found,) = texts.examples_of(tmp_path / "talk.jsonl", tmp_path, make())
     assert found == ([0, 2, 3, 4, 5, 6, 1], [-100] * 4 + [5, 6, 1])
 
 
 def test_held_out_rows_are_scored_as_they_are_trained_and_never_trained(folder):
     swift = load(folder / "swift")
-    training, held, _ = cli._batches(folder / "talk.jsonl", folder / "swift", swift, 4, 48, 0, 0.0)
-    rows = pack(cli._examples(folder / "talk.jsonl", folder / "swift", swift), 48)
+    training, held, _ = texts.batches_of(folder / "talk.jsonl", folder / "swift", swift, 4, 48, 0, 0.0)
+    rows = pack(texts.examples_of(folder / "talk.jsonl", folder / "swift", swift), 48)
     cut = len(rows) * 9 // 10
     for ours, row in zip(held, rows[cut:], strict=True):
         assert all(torch.equal(getattr(ours, k), getattr(row, k)) for k in ("input_ids", "labels", "position_ids"))
@@ -154,7 +154,7 @@ def test_held_out_rows_are_scored_as_they_are_trained_and_never_trained(folder):
     found = fidelity(student_logits(swift), teacher_logits(swift), [row])
     assert found["cross_entropy"] == pytest.approx(float(wanted), rel=1e-5)
     with pytest.raises(InputError, match="at least 2 rows"):
-        cli._batches(folder / "talk.jsonl", folder / "swift", swift, 4, 5000, 0, 0.0)
+        texts.batches_of(folder / "talk.jsonl", folder / "swift", swift, 4, 5000, 0, 0.0)
 
 
 def test_numbers_without_training(folder):
@@ -322,20 +322,20 @@ def test_conversations_ask_for_the_assistant_s_words_alone(tmp_path):
     turns = [("user", "what is it"), ("assistant", "one"), ("user", "is it"), ("assistant", "two")]
     messages = [{"role": role, "content": content} for role, content in turns]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages}))
-    (found,) = cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+    (found,) = texts.examples_of(tmp_path / "talk.jsonl", tmp_path, make())
     assert found[0] == [0, 2, 4, 5, 6, 1, 3, 7, 1, 2, 5, 6, 1, 3, 8, 1]
     assert found[1] == [-100] * 7 + [7, 1] + [-100] * 5 + [8, 1]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages[:1]}))
     with pytest.raises(InputError, match="assistant, on line 1"):
-        cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+        texts.examples_of(tmp_path / "talk.jsonl", tmp_path, make())
     with pytest.raises(InputError, match="below its model's 5"):
-        cli._tokens(tmp_path / "talk.jsonl", tmp_path, make(vocab_size=5))
+        texts.tokens_of(tmp_path / "talk.jsonl", tmp_path, make(vocab_size=5))
 
 
 def test_lines_are_evaluated_as_lines_and_full_training_is_scored(folder):
     said = run(folder, "evaluate", "swift", "--text", "talk.jsonl", "--context", "48", "--out", "ev")
     swift = load(folder / "swift")
-    rows = pack(cli._examples(folder / "talk.jsonl", folder / "swift", swift), 48)
+    rows = pack(texts.examples_of(folder / "talk.jsonl", folder / "swift", swift), 48)
     wanted = fidelity(student_logits(swift), teacher_logits(swift), rows)
     assert said["kl"] == pytest.approx(wanted["kl"], abs=1e-4)
     arguments = ["--text", "text.txt", "--steps", "2", "--context", "32", "--train", "full", "--out", "fu"]
@@ -368,10 +368,11 @@ def test_lines_are_lines_and_the_tokenizer_is_read_once(tmp_path, monkeypatch):
     chat_tokenizer(tmp_path)
     calls = []
     whole = tokens.tokenizer_of
-    monkeypatch.setattr(tokens, "tokenizer_of", lambda folder: calls.append(1) or whole(folder))
+    for module in (tokens, texts):
+        monkeypatch.setattr(module, "tokenizer_of", lambda folder: calls.append(1) or whole(folder))
     line = json.dumps({"prompt": "what\u2028is\u0085it", "completion": "one"}, ensure_ascii=False)
     (tmp_path / "talk.jsonl").write_text("\n".join([line] * 5), encoding="utf-8")
-    assert len(cli._examples(tmp_path / "talk.jsonl", tmp_path, make())) == 5 and len(calls) == 1
+    assert len(texts.examples_of(tmp_path / "talk.jsonl", tmp_path, make())) == 5 and len(calls) == 1
 
 
 def test_what_a_chat_template_refuses_is_one_sentence(tmp_path):
@@ -380,4 +381,4 @@ def test_what_a_chat_template_refuses_is_one_sentence(tmp_path):
     path.write_text("{{ raise_exception('no system role') }}")
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "one"}]}))
     with pytest.raises(InputError, match="no system role, on line 1"):
-        cli._examples(tmp_path / "talk.jsonl", tmp_path, make())
+        texts.examples_of(tmp_path / "talk.jsonl", tmp_path, make())

@@ -21,6 +21,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one sentence: the value, and what was expected."""
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise `InputError` where `value`, called `name`, is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+
+
 def run_app(app: Any, argv: Sequence[str], prog: str) -> int:
     """Run the typer application `app` on `argv` and return its exit code.
 

@@ -17,12 +17,6 @@ from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.errors import InputError
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise `InputError` where `value` is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"expected {name} to be a whole number of at least 1, got {value!r}")
-
-
 def count_classes(apply_fn: Any, params: Any, data: Any, prepare: Any) -> int | None:
     """How many classes the network tells apart; None where `data` is no pair (`check_data` says so)."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):

@@ -38,7 +38,7 @@ from isotone.concrete_tickets.objectives import (
 )
 from isotone.concrete_tickets.resume import fingerprint, run_epochs
 from isotone.concrete_tickets.ticket import LayerCollapse, Ticket
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 
 HISTORY = ("objective", "density", "multiplier", "gradient")
 AXIS = "data"
@@ -74,7 +74,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         check_relaxation(self.tau, self.parametrization)
         for name in ("epochs", "batch_size"):
-            batches.check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("lr", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"expected a finite {name} above 0, got {getattr(self, name)}")

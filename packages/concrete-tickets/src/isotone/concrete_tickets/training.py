@@ -29,7 +29,7 @@ from isotone.concrete_tickets.optimizer import mask_optimizer
 from isotone.concrete_tickets.resume import fingerprint, run_epochs
 from isotone.concrete_tickets.search import AXIS, check_mesh
 from isotone.concrete_tickets.ticket import Ticket
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            batches.check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("lr", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"expected a finite {name} of at least 0, got {getattr(self, name)}")

@@ -9,7 +9,8 @@ import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -87,7 +88,7 @@ def train(
     changes: dict[str, Any] = {"objective": loss, "label": label, "beta": beta, "seed": seeds[0]}
     changes |= {name: value for name, value in (("batch_size", batch), ("lr", lr)) if value is not None}
     where = device.resolve(run.device)
-    try:
+    with _scoring(task):
         config = dataclasses.replace(task.config, **changes)
         replay_config = task.replay if replay is None else ReplayConfig(replay)
         gfn = build(task, config, replay_config, where)
@@ -106,11 +107,6 @@ def train(
         found = gfn.candidates(candidates)
         assert gfn.memo is not None
         u, valid = gfn.memo(found.states)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from None
-    finally:
-        if isinstance(task.objective, Objectives):
-            task.objective.close()
     keep = valid.cpu().numpy()
     values = u.cpu().numpy()[keep]
     names = column_names(scorer, task, u.shape[1])
@@ -238,16 +234,11 @@ def export(
         raise InputError(f"expected --formats of csv and jsonl for {spec.env}, which are no molecules, got {formats!r}")
     task = tasks.make_task(spec, workers=workers, seh_weights=seh_weights)
     scorer = load_function(score) if score else None
-    try:
+    with _scoring(task):
         gfn.observe(gfn.sample(2, seed=0).states, scorer or task.objective)
         found = gfn.candidates(n, seed=(run.seeds or (0,))[0])
         assert gfn.memo is not None
         u, valid = gfn.memo(found.states)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from None
-    finally:
-        if isinstance(task.objective, Objectives):
-            task.objective.close()
     keep = valid.cpu().numpy()
     texts = [text for text, ok in zip(labels(found.objects), keep, strict=True) if ok]
     names = column_names(scorer, task, u.shape[1])
@@ -279,6 +270,18 @@ def bench(run: Run, small: Annotated[bool, Opt("--small", help="tiny sizes: does
 
 
 # --- what the verbs share -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _scoring(task: tasks.Task) -> Iterator[None]:
+    """What a user's settings or function can not mean is their mistake; afterwards the workers are gone."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error)) from None
+    finally:
+        if isinstance(task.objective, Objectives):
+            task.objective.close()
 
 
 def build(task: tasks.Task, config: TrainConfig, replay: ReplayConfig, where: str) -> GFlowNet:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from isotone.opgfn.order import LABELS
+from isotone.shared.errors import check_count
 
 FAMILIES = ("tb", "db", "fm", "subtb", "fl-db", "fl-subtb")
 KINDS = ("op", "reward", "pc", "gc")
@@ -71,13 +72,10 @@ class TrainConfig:
             raise ValueError(
                 f"expected another label than buffer for {self.objective}: differences of objectives have no archive"
             )
-        whole: tuple[tuple[str, int], ...] = (("batch_size", 2), ("updates", 1), ("seed", 0))
-        for name, least in (*whole, ("lr_half_life", 1)):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        counts = (("batch_size", 2), ("updates", 1), ("seed", 0), ("lr_half_life", 1))
+        for name, least in counts:
+            if getattr(self, name) is not None or name != "lr_half_life":
+                check_count(name, getattr(self, name), least)
         if self.idempotent and self.family == "fm":
             raise ValueError(f"expected idempotent=False for {self.objective}, whose flows are of edges")
         for name in ("log_z", "invalid_log_reward"):

@@ -36,7 +36,7 @@ from isotone.opgfn.sampler import Sampler
 from isotone.opgfn.scoring import evaluate
 from isotone.opgfn.snapshot import load_weights, restore, snapshot, weights
 from isotone.shared.checkpoint import CheckpointStore, atomic_write, load_latest
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 
 TABLE_STATES = 4096
 Callback = Callable[["GFlowNet", int, float], None]
@@ -162,9 +162,8 @@ class GFlowNet(Sampler):
         """
         if order_fn is not None and (objective_fn is not None or self.config.kind != "op"):
             raise ValueError(f"expected order_fn alone, with an op-* objective, got {self.config.objective}")
-        for name, value, least in (("steps", steps, 0), ("checkpoint_every", checkpoint_every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+        check_count("steps", steps, 0)
+        check_count("checkpoint_every", checkpoint_every)
         if order_fn is None:
             self._asks(objective_fn)
         else:

@@ -19,6 +19,7 @@ from isotone.opgfn.checks import check_log_rewards, check_objectives, check_same
 from isotone.opgfn.pareto import nd_rank, non_dominated_mask
 
 LABELS = ("pairwise", "all-pairs", "pareto", "buffer", "rank", "bce", "pair-balanced")
+_PAIRS = ("pairwise", "all-pairs", "pair-balanced")
 _BALANCED_PAIRS = 64
 
 
@@ -58,9 +59,8 @@ def order_preserving_loss(
         check_objectives(u)
     rows = len(u if u is not None else better)  # type: ignore[arg-type]
     check_log_rewards(log_r, rows)
-    if not (math.isfinite(tie_tol) and tie_tol >= 0) or (tie_tol and not mode.endswith("pairs") and mode != "pairwise"):
-        if mode != "pair-balanced":
-            raise ValueError(f"expected tie_tol of at least 0, and 0 for mode {mode!r}, got {tie_tol}")
+    if not 0 <= tie_tol < math.inf or (tie_tol and mode not in _PAIRS):
+        raise ValueError(f"expected a finite tie_tol of at least 0, and 0 but for pairs, got {tie_tol} for {mode!r}")
     if valid is not None and tuple(valid.shape) != (rows,):
         raise ValueError(f"expected a flag valid for each of {rows} objects, got shape {tuple(valid.shape)}")
     if reference is not None and u is not None and (reference.ndim != 2 or reference.shape[1] != u.shape[1]):
@@ -71,7 +71,7 @@ def order_preserving_loss(
         raise ValueError("expected better to say > and not >=, got objects better than themselves")
     if pairs is not None and (pairs.is_floating_point() or pairs.dtype == torch.bool):
         raise ValueError(f"expected pairs of whole numbers, got {pairs.dtype}")
-    if mode in ("pairwise", "all-pairs", "pair-balanced"):
+    if mode in _PAIRS:
         return _pair_loss(log_r, u, better, mode, pairs, valid, tie_tol, generator)
     if mode == "rank":
         return cross_entropy(log_r, rank_label(_needs_values(u, mode), reference, valid))

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from isotone.opgfn.pareto import ParetoArchive
+from isotone.shared.errors import check_count
 
 MODES = ("off", "uniform", "prioritized", "offline")
 
@@ -44,9 +45,7 @@ class ReplayConfig:
             raise ValueError(f"expected rest to be all or below, got {self.rest!r}")
         counts = (("capacity", 1), ("warmup", 1), ("offline", 2), ("archive", 1), ("augment", 0), ("augment_batch", 2))
         for name, least in counts:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+            check_count(name, getattr(self, name), least)
         if self.mode == "uniform" and self.warmup > self.capacity:
             raise ValueError(f"expected warmup of at most the capacity of {self.capacity}, got {self.warmup}")
         for name in ("pareto_fraction", "top"):

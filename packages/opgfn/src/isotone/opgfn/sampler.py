@@ -19,6 +19,7 @@ from isotone.opgfn.pareto import nd_rank
 from isotone.opgfn.policies.base import Policy, PolicyOutput
 from isotone.opgfn.rollout import Trajectories, sample_backward, sample_forward
 from isotone.opgfn.scoring import evaluate
+from isotone.shared.errors import check_count
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ class Sampler:
         `condition`: preferences (w and beta) or goals of the conditional baselines, drawn where none is given.
         `seed`: draw from a generator of its own, so that training goes on as if nothing had been sampled.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"expected n to be a whole number of at least 1, got {n!r}")
+        check_count("n", n)
         if not 0 < temperature < math.inf:
             raise ValueError(f"expected a finite temperature above 0, got {temperature}")
         if condition is not None and len(condition) != n:

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.sketching.models import Model
 
 METHODS = ("l2", "cosine")
@@ -41,9 +41,7 @@ class AttackConfig:
         if self.method not in METHODS:
             raise InputError(f"expected method to be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
         if not 0 < self.rate < float("inf") or not 0 <= self.tv < float("inf"):
             raise InputError(f"expected a rate above 0 and tv of at least 0, got {self.rate} and {self.tv}")
 

@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jaxtyping import Int
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.sketching.compressors import Compressor, Sketched
 from isotone.sketching.data import ClientData, batch_of
 from isotone.sketching.trees import TreeSketch, tree_sketch
@@ -62,9 +62,7 @@ class FedConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("local_steps", 1), ("batch", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+            check_count(name, getattr(self, name), least)
         if not 0 < self.rate < float("inf"):
             raise InputError(f"expected a finite rate above 0, got {self.rate}")
         if self.participants is not None and self.participants < 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.swiftkv.config import SwiftKVConfig, check_family
 from isotone.swiftkv.families import FEW_QUERIES, CacheSpec, head_dim, is_latent
 from isotone.swiftkv.quantize import Codec
@@ -69,12 +69,6 @@ class Flops:
         return self.lower + self.keys_values + self.upper + self.logits
 
 
-def _whole(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"expected {name} to be a whole number of at least 1, got {value!r}")
-
-
 def layer_cost(config: Any, layer: int = 0) -> LayerCost:
     """The cost of `layer`. Only DeepSeek-V2's layers differ: the first ones have a dense MLP, the others experts.
 
@@ -131,7 +125,8 @@ def flops(
     half of the prompt on average, as the paper counts (L * 2 H e n^2); False: the whole square, as torch's counter
     counts a causal attention. Raises `InputError` on l or g that do not fit, or n < survivors.
     """
-    _whole(n=n, batch=batch, survivors=survivors)
+    for name, value in (("n", n), ("batch", batch), ("survivors", survivors)):
+        check_count(name, value)
     check_family(config)
     layers = config.num_hidden_layers
     split = SwiftKVConfig(
@@ -161,7 +156,7 @@ def decode_flops(
 
     Raises `InputError` on l or g that do not fit, and a context below 1.
     """
-    _whole(context=context)
+    check_count("context", context)
     check_family(config)
     layers = config.num_hidden_layers
     split = SwiftKVConfig(
@@ -193,7 +188,8 @@ def kv_bytes(
     """
     import torch
 
-    _whole(tokens=tokens, batch=batch)
+    check_count("tokens", tokens)
+    check_count("batch", batch)
     check_family(config)
     if kv_dtype == "model":
         raise InputError("expected a kv_dtype with a size, such as bf16, got 'model'")

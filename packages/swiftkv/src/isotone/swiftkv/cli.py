@@ -61,6 +61,7 @@ def distill(
     export: Annotated[str, Opt(help="swift or dual")] = "swift",
 ) -> dict:
     """Distil a swift model against the model inside it; resumes where it was killed."""
+    from isotone.swiftkv import texts
     from isotone.swiftkv.distill import DistillConfig
     from isotone.swiftkv.distill import distill as train_model
 
@@ -91,7 +92,7 @@ def distill(
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
-    training, held_out, data_id = _batches(text, model, swift, batch, context, seed, fuse_positions_prob)
+    training, held_out, data_id = texts.batches_of(text, model, swift, batch, context, seed, fuse_positions_prob)
     with progress.bar("distil", steps, run.silent) as bar:
         history = train_model(
             swift,
@@ -124,6 +125,7 @@ def evaluate(
     context: Annotated[int, Opt(help="tokens a window")] = 128,
 ) -> dict:
     """Cross-entropy, KL to the base and top-1 agreement on a text."""
+    from isotone.swiftkv import texts
     from isotone.swiftkv.data import Windows, pack
     from isotone.swiftkv.evaluate import fidelity, student_logits, teacher_logits
 
@@ -144,9 +146,9 @@ def evaluate(
         raise InputError("expected --base FOLDER: this model has no teacher inside")
     held: list[Any]
     if text.suffix == ".jsonl":
-        held = [row.to(swift.device) for row in pack(_examples(text, model, swift), context)[: 8 * batches]]
+        held = [row.to(swift.device) for row in pack(texts.examples_of(text, model, swift), context)[: 8 * batches]]
     else:
-        windows = Windows(_tokens(text, model, swift), context, 8, 7)
+        windows = Windows(texts.tokens_of(text, model, swift), context, 8, 7)
         held = [windows(step).input_ids.to(swift.device) for step in range(batches)]
     found = fidelity(student_logits(swift), theirs, held)
     run.out.mkdir(parents=True, exist_ok=True)
@@ -169,13 +171,14 @@ def generate(
 ) -> dict:
     """Go on with a prompt, whose tokens stop after layer l."""
     from isotone.shared.seeding import seed_everything
+    from isotone.swiftkv import texts
     from isotone.swiftkv.tokens import encode
 
     if (prompt is None) == (prompt_file is None):
         raise InputError("expected one of --prompt and --prompt-file")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise InputError(f"expected at least 1 token and a finite temperature, got {max_new_tokens} and {temperature}")
-    said = prompt if prompt is not None else _read(prompt_file)  # type: ignore[arg-type]
+    said = prompt if prompt is not None else texts.read(prompt_file)  # type: ignore[arg-type]
     swift = _load(model, run)
     if not hasattr(swift, "teacher"):
         raise InputError(f"expected a swift model in {str(model)!r}, got a {swift.config.model_type}; convert it first")
@@ -323,6 +326,7 @@ def suggest(
     context: Annotated[int, Opt(help="tokens a window")] = 128,
 ) -> dict:
     """Which l to take: similarity of the layers' inputs, and the KL of conversion without training at every l."""
+    from isotone.swiftkv import texts
     from isotone.swiftkv.choose import suggest_l
     from isotone.swiftkv.data import Windows
 
@@ -331,7 +335,7 @@ def suggest(
     if text.suffix == ".jsonl":
         raise InputError(f"expected a text file for suggest, got {text.name!r}: lines are for distill and evaluate")
     base = _load(model, run)
-    windows = Windows(_tokens(text, model, base), context, 4, 7)
+    windows = Windows(texts.tokens_of(text, model, base), context, 4, 7)
     found = suggest_l(base, [windows(step).input_ids.to(base.device) for step in range(batches)])
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "suggestion.json").write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
@@ -440,81 +444,6 @@ def _decode(ids: torch.Tensor, folder: Path) -> str:
     if tokenizer is not None:
         return str(tokenizer.decode(ids))
     return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
-
-
-def _tokens(text: Path, folder: Path, model: Any) -> torch.Tensor:
-    from isotone.swiftkv.tokens import encode
-
-    return encode(_read(text), folder, model.config.vocab_size)
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"expected UTF-8 text in {str(text)!r}") from None
-
-
-def _batches(
-    text: Path, folder: Path, model: Any, batch: int, context: int, seed: int, fuse: float
-) -> tuple[Any, list[Any], str]:
-    """Training batches as a function of the step, held-out ones to score on (of the last tenth), and the data's id."""
-    from isotone.swiftkv.data import Batch, Windows, fingerprint, pack
-
-    if text.suffix == ".jsonl":
-        rows = pack(_examples(text, folder, model), context, fuse, seed)
-        cut = min(len(rows) * 9 // 10, len(rows) - 1)
-        if cut < 1:
-            raise InputError(
-                f"expected {str(text)!r} to fill at least 2 rows of --context {context} tokens, one to train on and "
-                f"one held out, got {len(rows)}"
-            )
-        kept, held = rows[:cut], rows[cut:]
-
-        def packed(step: int) -> Batch:
-            generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-            chosen = [kept[int(i)] for i in torch.randint(len(kept), (batch,), generator=generator)]
-            parts = zip(*((row.input_ids, row.labels, row.position_ids) for row in chosen), strict=True)
-            return Batch(*(torch.cat(part) for part in parts))  # type: ignore[arg-type]
-
-        parts = (part for row in rows for part in (row.input_ids, row.labels, row.position_ids))
-        return packed, [row.to(model.device) for row in held[:8]], fingerprint(batch, context, seed, *parts)
-    ids = _tokens(text, folder, model)
-    cut = len(ids) * 9 // 10
-    if len(ids) - cut < context:
-        raise InputError(
-            f"expected {str(text)!r} to have at least {10 * context} tokens for --context {context}, got {len(ids)}"
-        )
-    held_out = Windows(ids[cut:], context, batch, 7)
-    training = Windows(ids[:cut], context, batch, seed)
-    return training, [held_out(step).input_ids.to(model.device) for step in range(4)], training.data_id
-
-
-def _examples(text: Path, folder: Path, model: Any) -> list[tuple[list[int], list[int]]]:
-    from isotone.swiftkv.tokens import conversation, encode, tokenizer_of
-
-    tokenizer = tokenizer_of(folder)
-    end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    examples: list[tuple[list[int], list[int]]] = []
-    for number, line in enumerate(_read(text).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            if "messages" in item:
-                examples.append(conversation(item["messages"], tokenizer, model.config.vocab_size))
-                continue
-            asked, answered = str(item["prompt"]), str(item["completion"])
-        except InputError as error:
-            raise InputError(f"{error}, on line {number} of {str(text)!r}") from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"expected prompt and completion, or messages, on line {number} of {str(text)!r}"
-            ) from None
-        words = encode(asked, folder, model.config.vocab_size, tokenizer=tokenizer).tolist()
-        reply = encode(answered, folder, model.config.vocab_size, starts=False, tokenizer=tokenizer).tolist() + end
-        examples.append((words + reply, [-100] * len(words) + reply))
-    return examples
 
 
 def _scores(model: Any, held_out: list[Any], train: str) -> Any:

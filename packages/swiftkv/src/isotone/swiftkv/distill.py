@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isotone.shared.checkpoint import CheckpointStore, load_latest
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.swiftkv.config import SwiftKVConfig
 from isotone.swiftkv.convert import TRAINABLE, drop_teacher, freeze
 from isotone.swiftkv.data import Batch, Batches, fingerprint
@@ -135,8 +135,7 @@ def distill(
         raise InputError("expected fewer key-value layers than layers: there is nothing to distil")
     if not model.config.teacher_weights:
         raise InputError("expected a model with its teacher's weights to distil, they were dropped")
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise InputError(f"expected checkpoint_every to be a whole number of at least 1, got {checkpoint_every!r}")
+    check_count("checkpoint_every", checkpoint_every)
     _hidden_state(settings, split)
     # what the teacher shares and is trained, is trained in copies: the layers as they are stay the teacher's
     teacher = None

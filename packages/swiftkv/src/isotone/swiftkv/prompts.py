@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.swiftkv.cache import SwiftKVCache
 from isotone.swiftkv.config import SwiftKVConfig, check_family
 from isotone.swiftkv.families import CacheSpec
@@ -112,8 +112,8 @@ def check_positions(position_ids: Tensor, mask: Tensor | None, prompts: list[Pro
 
 def check_chunk(chunk: Any) -> None:
     """Raise `InputError` where `chunk`, the most tokens at a time, is neither None nor a whole number above 0."""
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise InputError(f"expected prefill_chunk to be a whole number of at least 1, got {chunk!r}")
+    if chunk is not None:
+        check_count("prefill_chunk", chunk)
 
 
 def check_tokens(tokens: Tensor, cache: SwiftKVCache, vocab_size: int | None = None) -> None:
