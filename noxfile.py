@@ -169,7 +169,9 @@ def wheels(session: nox.Session) -> None:
         shutil.rmtree(clean, ignore_errors=True)
         session.run("uv", "venv", "--quiet", str(clean), external=True)
         (wheel,) = (ROOT / "dist").glob(f"isotone_{name.replace('-', '_')}-*.whl")
-        install = ["uv", "pip", "install", "--quiet", "--python", str(clean), "--find-links", "dist"]
+        # the version of isotone-shared may be an earlier build's: what uv keeps of that is not what was built here
+        fresh = ["--find-links", "dist", "--refresh-package", "isotone-shared"]
+        install = ["uv", "pip", "install", "--quiet", "--python", str(clean), *fresh]
         session.run(*install, "-c", CONSTRAINTS, str(wheel), external=True)
         session.run(str(clean / "bin" / f"isotone-{name}"), "info", external=True, env=environment)
         shutil.rmtree(clean)
