@@ -1,5 +1,7 @@
 """SNIP, GraSP, SynFlow and the others against their definitions; LTR, IMP, gradual pruning, sanity checks."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import toy
 
 from isotone.concrete_tickets import (
+    LayerCollapse,
     Ticket,
     accuracy,
     balanced_batch,
@@ -24,7 +27,7 @@ from isotone.concrete_tickets import (
 )
 from isotone.concrete_tickets.baselines import GRASP_TEMPERATURE, erk_counts, scores
 from isotone.concrete_tickets.layout import kept_count
-from isotone.concrete_tickets.lottery import Gradual, prune_magnitude, round_densities, rounds_to
+from isotone.concrete_tickets.lottery import Gradual, prune_magnitude, round_densities, round_seconds, rounds_to
 from isotone.concrete_tickets.objectives import Batch
 from isotone.shared.errors import InputError
 
@@ -158,6 +161,27 @@ def test_imp_rewinds_prunes_and_resumes(tmp_path):
         prune_magnitude(jax.tree.map(lambda x: x * jnp.nan, PARAMS), tickets[0], 0.2)
     with pytest.raises(InputError, match="other weights"):
         imp(watched, toy.params(5), 0.3, keep=0.6, folder=tmp_path)
+    with pytest.raises(InputError, match="other training"):
+        imp(watched, PARAMS, 0.3, keep=0.6, folder=tmp_path, identity={"epochs": 9})
+
+
+def test_rounds_that_were_run_earlier_keep_their_seconds(tmp_path):
+    def slow(params, ticket):
+        time.sleep(0.05)
+        return trained(params, ticket)
+
+    imp(slow, PARAMS, 0.3, keep=0.6, folder=tmp_path, stop=lambda done: done == 2)
+    assert round_seconds(tmp_path) >= 0.1
+    imp(slow, PARAMS, 0.3, keep=0.6, folder=tmp_path)
+    assert round_seconds(tmp_path) >= 0.15
+
+
+def test_random_layers_that_are_cut_are_named():
+    params = {"wide": {"kernel": jnp.ones((40, 40))}, "narrow": {"kernel": jnp.ones((2, 2))}}
+    with pytest.warns(LayerCollapse, match="narrow"):
+        erk(params, 0.0007, jax.random.key(0))
+    with pytest.warns(LayerCollapse, match="wide"):
+        random_ticket(params, 0.5, jax.random.key(0), {"wide/kernel": 0.0, "narrow/kernel": 1.0})
 
 
 def test_gradual_pruning_ends_at_the_density():

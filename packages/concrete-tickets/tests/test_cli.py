@@ -62,6 +62,47 @@ def test_from_search_to_export(tmp_path):
     assert refused.code == 2 and "rewind checkpoint" in refused.stderr
 
 
+def test_a_folder_holds_one_run(tmp_path, monkeypatch):
+    """Nothing of another ticket is trained, checked or exported; a fresh run that is killed leaves the old one."""
+    write_data(tmp_path)
+    search = ["search", *SMALL, "--search-epochs", "2", "--out", "run"]
+
+    def run(*argv):
+        return run_cli(app, [*argv, "--json"], tmp_path)
+
+    assert run(*search).code == 0 and run("train", "run").code == 0
+    folder = tmp_path / "run"
+    for other in (["ltr", *SMALL, "--keep", "0.3", "--out", "run"], [*search, "--objective", "loss"]):
+        refused = run(*other)
+        assert refused.code == 2 and "--fresh" in refused.stderr
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "search", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*search, "--seeds", "1", "--fresh").code != 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+    assert run(*search, "--seeds", "1", "--fresh").code == 0
+    assert not (folder / "sparse.safetensors").exists()
+    assert not json.loads(run("export", "run").stdout)["trained"]
+    # files of two runs, whoever mixed them
+    (folder / "sparse.safetensors").write_bytes(before["sparse.safetensors"])
+    refused = run("export", "run")
+    assert refused.code == 2 and "another's" in refused.stderr
+    (folder / "ticket.safetensors").write_bytes(before["ticket.safetensors"])
+    refused = run("train", "run")
+    assert refused.code == 2 and "two runs'" in refused.stderr
+    (folder / "run.json").write_text("[1, 2]")
+    refused = run("train", "run")
+    assert refused.code == 2 and "run.json" in refused.stderr
+
+
+def test_a_whole_network_is_a_ticket_too(tmp_path):
+    write_data(tmp_path)
+    whole = [*SMALL[:-1], "1.0", "--search-epochs", "1", "--out", "run"]
+    for argv in (["search", *whole], ["sanity", "run"], ["export", "run"]):
+        done = run_cli(app, argv, tmp_path)
+        assert done.code == 0, done.stderr
+
+
 def test_ltr_and_compare(tmp_path):
     write_data(tmp_path)
     done = run_cli(app, ["ltr", *SMALL, "--keep", "0.3", "--out", "ltr", "--json"], tmp_path)
@@ -72,7 +113,7 @@ def test_ltr_and_compare(tmp_path):
     rounds = {p: p.stat().st_mtime_ns for p in (tmp_path / "ltr" / "rounds").iterdir()}
     assert run_cli(app, ["ltr", *SMALL, "--keep", "0.3", "--out", "ltr"], tmp_path).code == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "ltr" / "rounds").iterdir()} == rounds
-    arms = "cts,cts:loss+lagrangian@init,ltr:2,snip,grasp:2,synflow,saliency:kl,magnitude@init,random,erk,gmp,dense"
+    arms = "cts,cts:loss+lagrangian@init,ltr:2,snip,grasp:2,synflow,saliency:kl+2,magnitude@init,random,erk,gmp,dense"
     argv = ["compare", *SMALL, "--search-epochs", "2", "--arms", arms, "--seeds", "0,1", "--out", "cmp", "--json"]
     done = run_cli(app, argv, tmp_path)
     assert done.code == 0, done.stderr
@@ -140,6 +181,7 @@ def test_weights_in_files(tmp_path):
         "erk:2",
         "snip:²",
         "cts:kl+short+lagrangian",
+        "saliency:kl+short",
     ],
 )
 def test_bad_arms(text):

@@ -14,7 +14,15 @@ import toy
 from flax import linen, nnx
 from jax.sharding import PartitionSpec
 
-from isotone.concrete_tickets import OBJECTIVES, SearchConfig, from_linen, from_nnx, grad_balance, search
+from isotone.concrete_tickets import (
+    OBJECTIVES,
+    SearchConfig,
+    from_linen,
+    from_nnx,
+    grad_balance,
+    lagrangian,
+    search,
+)
 from isotone.concrete_tickets.batches import epoch_order
 from isotone.concrete_tickets.concrete import relaxed_mask
 from isotone.concrete_tickets.known import energy, orthonormal_regression, planted_teacher
@@ -220,6 +228,8 @@ def test_resumed_search_is_the_uninterrupted_one(tmp_path, monkeypatch):
     inner, calls = module._run, []
 
     def killed(*args):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+            return inner(*args)  # its text is taken, it is not run
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -238,6 +248,46 @@ def test_resumed_search_is_the_uninterrupted_one(tmp_path, monkeypatch):
         run(0.2, checkpoint=tmp_path / "killed")
     fresh = run(0.2, checkpoint=tmp_path / "killed", resume=False)
     assert fresh.ticket.kept == kept_count(0.2, fresh.ticket.total)
+
+
+def tempered(temperature):
+    def objective(masked, dense, batch, rng):
+        return masked.mean(jnp.sum((masked(batch.inputs) - dense(batch.inputs)) ** 2, -1) / temperature)
+
+    return objective
+
+
+def test_checkpoints_tell_functions_of_one_name_apart(tmp_path):
+    """Objectives from one factory, networks that differ in a number, controllers of one's own."""
+    again = functools.partial(search, data=DATA, density=0.1, epochs=1, batch_size=16, checkpoint=tmp_path)
+    double = {"apply_fn": lambda params, x: 2 * toy.apply(params, x), "params": PARAMS}
+    plain = {"apply_fn": toy.apply, "params": PARAMS}
+    again(**plain, objective=tempered(1.0))
+    again(**plain, objective=tempered(1.0))
+    changed = ((plain, tempered(8.0), {}), (double, tempered(1.0), {}))
+    for network, objective, more in (*changed, (plain, tempered(1.0), {"controller": lagrangian(0.5)})):
+        with pytest.raises(InputError, match="other (network|controller)"):
+            again(**network, objective=objective, **more)
+
+
+def test_what_is_known_before_the_search_is_refused_before_it(monkeypatch):
+    module = sys.modules["isotone.concrete_tickets.search"]
+    monkeypatch.setattr(module, "_run", lambda *args: pytest.fail("searched"))
+    with pytest.raises(InputError, match="epochs, batch_size.*got epoch"):
+        run(0.1, epoch=1)
+    with pytest.raises(InputError, match="keeps a group of 3 weights, got room for 2"):
+        run(0.02, structure="input")
+    with pytest.raises(InputError, match=r"scalar, got shape \(16, 3\)"):
+        search(toy.apply, PARAMS, DATA, 0.1, lambda m, d, b, r: m(b.inputs), epochs=1, batch_size=16)
+    if jax.device_count() < 4:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    go = functools.partial(search, density=0.1, epochs=1, batch_size=16, mesh=jax.make_mesh((4,), ("data",)))
+    with pytest.raises(InputError, match="one number on a mesh"):
+        go(toy.apply, PARAMS, DATA, objective=lambda m, d, b, r: jnp.mean(m(b.inputs)))
+    with pytest.raises(InputError, match=r"labels from 0 to 2, got 0 to 7"):
+        go(toy.apply, PARAMS, (DATA[0], np.where(np.arange(len(DATA[1])) == 0, 7, 0)))
+    with pytest.raises(InputError, match="batch statistics over the mesh"):
+        go(lambda params, x: toy.apply(params, x - x.mean(0)), PARAMS, DATA)
 
 
 def test_structured_searches():
@@ -320,6 +370,9 @@ def test_flax_networks_of_both_kinds():
         def __call__(self, x):
             return self.b(self.drop(nnx.relu(self.norm(self.a(x)))))
 
+    model = Nnx(nnx.Rngs(0))
+    from_nnx(model)
+    assert not model.drop.deterministic and not model.norm.use_running_average, "the user's module stays as it is"
     module = Linen()
     for apply_fn, params in (
         from_linen(module, module.init(jax.random.key(0), DATA[0]), train=True),

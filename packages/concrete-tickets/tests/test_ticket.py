@@ -1,5 +1,7 @@
 """Masks over pytrees, exact counts, what tickets can do, and files."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isotone.concrete_tickets import LayerCollapse, Ticket, from_torch, prunable, prune_torch, search
-from isotone.concrete_tickets.layout import Layout, default_kernels, kept_count, leaf_name, masked, top_k
+from isotone.concrete_tickets.layout import Layout, default_kernels, kept_count, leaf_name, masked, named_weights, top_k
+from isotone.concrete_tickets.models import make_model
 from isotone.concrete_tickets.ticket import random_reinitialise
-from isotone.concrete_tickets.torch_masks import from_torch_order, to_torch_order
+from isotone.concrete_tickets.torch_masks import from_torch_order, to_torch_order, torch_state
 from isotone.shared.errors import InputError
 
 
@@ -43,11 +46,13 @@ def test_equal_scores_still_give_exactly_k():
 def test_what_is_prunable():
     params = {
         "embed": {"embedding": jnp.ones((4, 3))},
+        "patch_embed": {"kernel": jnp.ones((2, 2, 3, 4))},
         "norm": {"scale": jnp.ones((2, 2))},
         "layers": [{"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "steps": jnp.ones((2, 2), int)}],
     }
     flags = prunable(params)
     assert flags["layers"][0] == {"kernel": True, "bias": False, "steps": False}
+    assert flags["patch_embed"]["kernel"]
     assert not flags["embed"]["embedding"] and not flags["norm"]["scale"]
     with pytest.raises(InputError, match="none among"):
         prunable({"bias": jnp.ones(3)})
@@ -110,6 +115,31 @@ def test_apply_shuffle_invert():
     assert not np.array_equal(drawn["l0"]["kernel"], params["l0"]["kernel"])
 
 
+@pytest.mark.parametrize("structure", ["input", "output", "2:4"])
+def test_structure_outlives_shuffles_and_files(structure, tmp_path):
+    """Groups stay whole, each four keep two, and a file knows what it holds; one of before says "weight"."""
+    scores = {n: np.random.default_rng(0).random((8, 8)) for n in ("a", "b")}
+    ticket = Ticket.from_scores(scores, None if ":" in structure else 0.5, structure)
+    shuffled = ticket.shuffle_layers(jax.random.key(1))
+    assert shuffled.layer_densities() == ticket.layer_densities() and shuffled.structure == structure
+    assert any(not np.array_equal(shuffled.masks[n], ticket.masks[n]) for n in scores)
+    for mask in map(np.asarray, shuffled.masks.values()):
+        if structure == "2:4":
+            assert (mask.reshape(2, 4, 8).sum(1) == 2).all()
+        else:
+            assert set(mask.mean({"input": 1, "output": 0}[structure])) <= {0.0, 1.0}
+    again = Ticket.load(ticket.save(tmp_path / "t.safetensors"))
+    assert again.structure == structure and all(np.array_equal(again.masks[n], ticket.masks[n]) for n in scores)
+
+
+def test_groups_too_large_for_the_density_are_passed_over():
+    scores = {"large": np.full((8, 8), 9.0), "small": np.arange(8.0).reshape(2, 4)}
+    ticket = Ticket.from_scores(scores, 5 / 72, "output", warn=False)
+    assert ticket.kept == 4 and np.asarray(ticket.masks["small"])[:, 2:].all()
+    with pytest.raises(InputError, match="group of 2 weights, got room for 1"):
+        Ticket.from_scores(scores, 0.02, "output")
+
+
 def test_a_ticket_that_does_not_fit_is_refused():
     ticket = Ticket.dense(toy.params())
     with pytest.raises(InputError, match=r"l0/kernel of shape \(6, 8\), got \(7, 8\)"):
@@ -143,6 +173,36 @@ def test_files_round_trip(tmp_path):
     save_file({"a": np.ones(3)}, tmp_path / "other")
     with pytest.raises(InputError, match="another file"):
         Ticket.load(tmp_path / "other")
+
+
+def test_lenet_in_torch_is_ours():
+    """Weights exported by name and order, in a torch network with batch statistics: the same logits."""
+    torch = pytest.importorskip("torch")
+    network = make_model("lenet", (8, 8, 1), 10)
+    params = network.init(jax.random.key(0))
+    params["norms"][0]["bias"] = jnp.arange(6) / 5
+    leaves = {name: np.asarray(leaf) for name, leaf in named_weights(params, lambda name, leaf: True).items()}
+    state = torch_state(leaves, {}, network.flattened)
+
+    class Theirs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            conv = functools.partial(torch.nn.Conv2d, kernel_size=5, padding=2, bias=False)
+            self.convs = torch.nn.ModuleList([conv(1, 6), conv(6, 16)])
+            self.norms = torch.nn.ModuleList([torch.nn.BatchNorm2d(c, track_running_stats=False) for c in (6, 16)])
+            self.denses = torch.nn.ModuleList([torch.nn.Linear(a, b) for a, b in ((64, 120), (120, 84), (84, 10))])
+
+        def forward(self, x):
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = torch.nn.functional.max_pool2d(torch.relu(norm(conv(x))), 2)
+            x = x.flatten(1)
+            return self.denses[2](torch.relu(self.denses[1](torch.relu(self.denses[0](x)))))
+
+    theirs = Theirs()
+    theirs.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+    x = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
+    found = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy()
+    assert np.allclose(found, network.apply(params, jnp.asarray(x)), atol=1e-4)
 
 
 def test_torch_round_trip():

@@ -17,10 +17,11 @@ def from_nnx(model: Any) -> tuple[ApplyFn, Params]:
     """`(apply_fn, params)` of a flax nnx module: params is the pure dict of its `nnx.Param`s.
 
     The module is run with BatchNorm on the batch's statistics and without dropout; what it
-    writes is dropped. Put parameters back with `nnx.update(model, params)`.
+    writes is dropped, and it stays as it is. Put parameters back with `nnx.update(model, params)`.
     """
     from flax import nnx
 
+    model = nnx.clone(model)
     model.set_attributes(use_running_average=False, deterministic=True, raise_if_not_found=False)
     graph, params, others = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     # arrays, not the model's own variables: each call writes into variables of its own

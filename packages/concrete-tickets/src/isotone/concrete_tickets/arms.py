@@ -5,7 +5,8 @@ An arm is written METHOD[:OPTION][@init]:
 - `cts` (reverse KL), `cts:OBJECTIVE`; `cts:OBJECTIVE+lagrangian`, `cts:OBJECTIVE+short` (an eighth of the epochs)
 - `ltr` (keep 0.8 a round), `ltr:0.5` (another share), `ltr:7` (that many rounds); `ltr@init` is IMP
 - `snip`, `grasp`, `synflow`; `snip:1`, `grasp:100`: rounds (1 where not given, 100 for SynFlow)
-- `saliency:OBJECTIVE`, `magnitude`, `random`, `erk`; `gmp`, gradual pruning during the one training; `dense`
+- `saliency:OBJECTIVE`, `saliency:OBJECTIVE+100` (in rounds), `magnitude`, `random`, `erk`
+- `gmp`, gradual pruning during the one training; `dense`
 
 Tickets are of the weights at the rewind point and trained from there; with `@init` of the initial weights.
 """
@@ -64,13 +65,14 @@ class Arm:
         if self.method in ("cts", "saliency"):
             name, plus, form = option.partition("+")
             resolve_objective(name)
-            if plus and (self.method != "cts" or form not in ("short", "lagrangian")):
+            if plus and self.method == "cts" and form not in ("short", "lagrangian"):
                 raise InputError(f"expected cts:OBJECTIVE+short or +lagrangian, got {text!r}")
+            if plus and self.method == "saliency":
+                _rounds(form, text)
         elif self.method == "ltr":
             lottery.rounds_to(0.5, self.keep(0.5))
         elif self.method in ("snip", "grasp", "synflow"):
-            if not (option.isdecimal() and option.isascii() and int(option) >= 1):
-                raise InputError(f"expected a number of rounds, got {text!r}")
+            _rounds(option, text)
         else:
             raise InputError(f"expected no option for {self.method}, got {text!r}")
 
@@ -83,6 +85,12 @@ class Arm:
         except ValueError:
             raise InputError(f"expected ltr:SHARE or ltr:ROUNDS, got {self.option!r}") from None
         return density ** (1 / value) if self.option.isdigit() and value >= 1 else value
+
+
+def _rounds(option: str, text: str) -> int:
+    if not (option.isdecimal() and option.isascii() and int(option) >= 1):
+        raise InputError(f"expected a number of rounds, got {text!r}")
+    return int(option)
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,8 @@ class Experiment:
                 return Outcome(ticket, self.evaluate(trained.params), 0.0, seconds)
             ticket, result = self._ticket(arm, density, seed, start, folder)
             jax.block_until_ready(ticket.masks)
-            ticket_seconds = time.perf_counter() - begin
+            # of rounds that were run earlier their own seconds, not those of reading them
+            ticket_seconds = time.perf_counter() - begin if folder is None else lottery.round_seconds(folder)
         _, correct, seconds = self.finish(start, ticket, arm.at_init)
         return Outcome(ticket, correct, ticket_seconds, seconds, result)
 
@@ -238,12 +247,15 @@ class Experiment:
                 return train(self.trainer, weights, self.data, key=start.key, ticket=ticket, first=first).params
 
             keep = arm.keep(density)
-            return lottery.imp(train_fn, params, density, keep=keep, where=where, folder=folder)[-1], None
+            said = {"training": self.said(), "first": first}
+            rounds_of = functools.partial(lottery.imp, keep=keep, where=where, folder=folder, identity=said)
+            return rounds_of(train_fn, params, density)[-1], None
         if arm.method in ("snip", "grasp", "saliency"):
             batch = self.batch(seed)
             if arm.method == "saliency":
-                features, objective = self.model.features, arm.option or "loss"
-                return baselines.saliency(apply_fn, params, batch, density, objective, 1, where, features), None
+                objective, _, form = (arm.option or "loss").partition("+")
+                rounds, features = int(form or 1), self.model.features
+                return baselines.saliency(apply_fn, params, batch, density, objective, rounds, where, features), None
             score = baselines.snip if arm.method == "snip" else baselines.grasp
             return score(apply_fn, params, batch, density, rounds, where), None
         if arm.method == "synflow":
@@ -256,6 +268,11 @@ class Experiment:
         if arm.method == "erk":
             return baselines.erk(params, density, key, where), None
         return Ticket.dense(params, where), None
+
+    def said(self) -> dict[str, Any]:
+        """What JSON can say of the training: data, network, recipe."""
+        facts = {"data": self.images.sha256, "network": self.model.name, "augment": self.augment}
+        return {**facts, "recipe": dataclasses.asdict(self.recipe)}
 
     def batch(self, seed: int) -> Batch:
         """Ten examples of each class: SNIP's and GraSP's batch."""

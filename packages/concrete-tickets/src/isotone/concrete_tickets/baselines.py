@@ -72,7 +72,7 @@ def random_ticket(
         if not 0 <= layer_densities[name] <= 1:
             raise InputError(f"expected a density in [0, 1] of {name}, got {layer_densities[name]}")
     counts = {name: round(layer_densities[name] * w.size) for name, w in weights.items()}
-    return _by_layer(scores, counts)
+    return _by_layer(scores, counts).warn_collapse()
 
 
 def erk_counts(params: Params, density: float, where: Where = default_kernels) -> dict[str, int]:
@@ -101,7 +101,8 @@ def erk_counts(params: Params, density: float, where: Where = default_kernels) -
 
 def erk(params: Params, density: float, key: Array, where: Where = default_kernels) -> Ticket:
     """Random in each layer, at the Erdős-Rényi-Kernel densities."""
-    return _by_layer(_random_scores(named_weights(params, where), key), erk_counts(params, density, where))
+    scores = _random_scores(named_weights(params, where), key)
+    return _by_layer(scores, erk_counts(params, density, where)).warn_collapse()
 
 
 def snip(

@@ -12,21 +12,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from isotone.concrete_tickets.noise import host_generator
 from isotone.shared.errors import InputError
 
+AXIS = "data"
+"""The mesh axis that a network's own means over the batch run over (`axis_name`), on a mesh."""
 
-def count_classes(apply_fn: Any, params: Any, data: Any, prepare: Any) -> int | None:
+
+def check_mesh(mesh: Mesh | None, batch_size: int) -> None:
+    """Raise `InputError` where batches cannot be spread over `mesh`."""
+    if mesh is not None and (mesh.axis_names != (AXIS,) or batch_size % mesh.size):
+        message = f"expected a mesh with one axis {AXIS!r} whose devices divide the batch of {batch_size}"
+        raise InputError(f"{message}, got {dict(mesh.shape)}")
+
+
+def count_classes(apply_fn: Any, params: Any, data: Any, prepare: Any, mesh: Mesh | None = None) -> int | None:
     """How many classes the network tells apart; None where `data` is no pair (`check_data` says so)."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         return None
     example = np.asarray(data[0]) if not hasattr(data[0], "dtype") else data[0]
     inputs = jax.ShapeDtypeStruct((1, *example.shape[1:]), example.dtype)
-    shape = jax.eval_shape(lambda p, x: apply_fn(p, x if prepare is None else prepare(x)), params, inputs).shape
+
+    def logits(params: Any, x: Any) -> Array:
+        return apply_fn(params, x if prepare is None else prepare(x))
+
+    # a network that takes means over the mesh's axis can be traced only there
+    shape = jax.eval_shape(logits if mesh is None else everywhere(logits, mesh), params, inputs).shape
     if len(shape) != 2:
         raise InputError(f"expected apply_fn to give logits (n, classes), got shape {shape}")
     return shape[1]
+
+
+def everywhere(function: Any, mesh: Mesh) -> Any:
+    """`function` on every device with the same arguments."""
+    whole = PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
+
+def check_spread(apply_fn: Any, params: Any, inputs: Any, prepare: Any, mesh: Mesh) -> None:
+    """Raise `InputError` where the logits of examples change when their batch is spread over the mesh: a network that
+    normalises over the batch has to do so over the axis "data"."""
+    few = inputs[: 2 * mesh.size]
+
+    def logits(params: Any, x: Any) -> Array:
+        return apply_fn(params, x if prepare is None else prepare(x))
+
+    def apart(params: Any, x: Any) -> Array:
+        return jax.lax.all_gather(logits(params, share(x, AXIS, mesh.size)), AXIS, tiled=True)
+
+    whole, parts = (np.asarray(jax.jit(everywhere(f, mesh))(params, few)) for f in (logits, apart))
+    if np.abs(whole - parts).max() > 1e-3 * (1 + np.abs(whole).max()):
+        raise InputError(f"expected batch statistics over the mesh axis {AXIS!r} (axis_name), got those of each device")
 
 
 def check_data(data: Any, batch_size: int, classes: int | None = None) -> tuple[Array, Array]:
@@ -66,8 +104,8 @@ def epoch_order(key: Array, epoch: int, examples: int, batch_size: int) -> np.nd
 
 
 def share(index: Array, axis_name: str, devices: int) -> Array:
-    """This device's part of a batch's indices (batch,), inside shard_map."""
-    return index.reshape(devices, -1)[jax.lax.axis_index(axis_name)]
+    """This device's part of a batch, its indices or examples (batch, ...), inside shard_map."""
+    return index.reshape(devices, -1, *index.shape[1:])[jax.lax.axis_index(axis_name)]
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "prepare"))

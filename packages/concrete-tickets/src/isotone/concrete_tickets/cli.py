@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +24,15 @@ from isotone.concrete_tickets.images import FORMS, load_images
 from isotone.concrete_tickets.layout import Layout, kept_count, named_weights
 from isotone.concrete_tickets.models import make_model
 from isotone.concrete_tickets.objectives import OBJECTIVES, resolve_objective
+from isotone.concrete_tickets.resume import fingerprint
 from isotone.concrete_tickets.sanity import sanity_check
 from isotone.concrete_tickets.search import SearchConfig
 from isotone.concrete_tickets.study import Study
 from isotone.concrete_tickets.ticket import Ticket
-from isotone.concrete_tickets.torch_masks import to_torch_order, torch_name
+from isotone.concrete_tickets.torch_masks import torch_state
 from isotone.concrete_tickets.training import Recipe
 from isotone.concrete_tickets.training import train as train_network
-from isotone.concrete_tickets.weights import load_arrays, load_weights, save_weights
+from isotone.concrete_tickets.weights import load_arrays, load_metadata, load_weights, save_weights
 from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import ArmLog, Report
@@ -83,9 +86,10 @@ def search(
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
         experiment = _experiment(data, model, recipe, rewind if when == "rewind" else 0, config)
         seed = _one_seed(run)
-        settings = _settings(experiment, data, model, seed)
         wanted = None if ":" in structure else density
         _count(experiment, wanted, structure)
+        told = {"method": "search", "density": wanted, "objective": objective, "search": dataclasses.asdict(config)}
+        settings = {**_settings(experiment, data, model, seed), **told}
         start = _start(experiment, seed, run, settings)
         begin = time.perf_counter()
         arm = Arm("cts", objective)
@@ -97,8 +101,8 @@ def search(
                 resume=run.resume,
             )
         seconds = time.perf_counter() - begin
-        result.ticket.save(run.out / "ticket.safetensors")
-        save_weights(run.out / "logits.safetensors", result.logits)
+        _write_run(run.out, settings, start, result.ticket)
+        save_weights(run.out / "logits.safetensors", result.logits, {"ticket": _digest(result.ticket)})
         history = {name: values.tolist() for name, values in result.history.items()}
         _write_json(run.out / "history.json", history)
         return _said(run, result.ticket, {"arm": f"cts:{objective}", "seconds": round(seconds, 2)})
@@ -126,7 +130,9 @@ def ltr(
         _count(experiment, density)
         total = lottery.rounds_to(density, keep)
         seed = _one_seed(run)
-        start = _start(experiment, seed, run, _settings(experiment, data, model, seed))
+        told = {"method": "ltr", "density": density, "keep": keep}
+        settings = {**_settings(experiment, data, model, seed), **told}
+        start = _start(experiment, seed, run, settings)
         folder = run.out / "rounds"
         if not run.resume:
             for path in folder.glob("round*"):
@@ -144,8 +150,14 @@ def ltr(
                 ).params
 
             where = experiment.model.where
-            tickets = lottery.imp(train_fn, start.rewind, density, keep=keep, where=where, folder=folder)
-        tickets[-1].save(run.out / "ticket.safetensors")
+            tickets = lottery.imp(
+                *(train_fn, start.rewind, density),
+                keep=keep,
+                where=where,
+                folder=folder,
+                identity={"training": experiment.said(), "first": experiment.rewind},
+            )
+        _write_run(run.out, settings, start, tickets[-1])
         seconds = time.perf_counter() - begin
         return _said(run, tickets[-1], {"arm": "ltr", "rounds": total, "seconds": round(seconds, 2)})
 
@@ -171,7 +183,7 @@ def train(
             checkpoint_every=checkpoint_every,
             resume=run.resume,
         )
-        save_weights(out / "sparse.safetensors", trained.params)
+        save_weights(out / "sparse.safetensors", trained.params, {"ticket": _digest(ticket)})
         return {
             "test accuracy (%)": round(100 * experiment.evaluate(trained.params), 2),
             "kept": f"{ticket.kept} of {ticket.total}",
@@ -185,8 +197,9 @@ def sanity(run: Run, folder: RunFolder) -> dict:
     with _on(run.device):
         experiment, start, ticket = _opened(folder)
         ticket.check(start.rewind)
-        logits = folder / "logits.safetensors"
-        scores = {n: jax.numpy.asarray(a) for n, a in load_arrays(logits).items()} if logits.exists() else None
+        logits = _own(folder / "logits.safetensors", ticket)
+        # a ticket of everything was not searched for, and has none
+        scores = {n: jax.numpy.asarray(a) for n, a in (load_arrays(logits) if logits else {}).items()} or None
 
         def evaluate(params: Any, other: Ticket) -> float:
             return experiment.finish(start, other, weights=params)[1]
@@ -267,8 +280,8 @@ def export(
         if format not in ("npz", "safetensors", "torch"):
             raise InputError(f"expected --format to be npz, safetensors or torch, got {format!r}")
         experiment, start, ticket = _opened(folder)
-        sparse = folder / "sparse.safetensors"
-        params = load_weights(sparse, start.rewind) if sparse.exists() else ticket.apply(start.rewind)
+        sparse = _own(folder / "sparse.safetensors", ticket)
+        params = load_weights(sparse, start.rewind) if sparse else ticket.apply(start.rewind)
         out = _out(run, folder)
         out.mkdir(parents=True, exist_ok=True)
         leaves = named_weights(params, lambda name, leaf: True)
@@ -285,15 +298,8 @@ def export(
             save_weights(path, {**arrays, **masks})
         else:
             # the names and the order of axes of torch.nn.utils.prune: weight_orig and weight_mask
-            turned: dict[str, np.ndarray] = {}
-            for name, array in arrays.items():
-                if name in ticket.masks:
-                    turned[torch_name(name) + "_orig"] = to_torch_order(array)
-                    turned[torch_name(name) + "_mask"] = to_torch_order(np.asarray(ticket.masks[name], np.float32))
-                else:
-                    turned[torch_name(name)] = array
-            save_weights(path, turned)
-        return {"format": format, "trained": sparse.exists(), "written": str(path)}
+            save_weights(path, torch_state(arrays, ticket.masks, experiment.model.flattened))
+        return {"format": format, "trained": sparse is not None, "written": str(path)}
 
 
 @verb(app)
@@ -363,16 +369,49 @@ def _settings(experiment: Experiment, data: str, model: str, seed: int) -> dict[
 
 
 def _start(experiment: Experiment, seed: int, run: Run, settings: dict[str, Any]) -> Start:
-    """The rewind weights, written for `train` and the others; those of other settings are not overwritten."""
+    """The rewind weights. Nothing is written yet; a folder of other settings is refused."""
     run.out.mkdir(parents=True, exist_ok=True)
     path = run.out / "run.json"
-    if run.resume and path.exists() and (stored := _read_json(path)) != settings:
-        other = next((name for name in settings if stored.get(name) != settings[name]), "settings")
-        raise InputError(f"expected a run of the same {other} in {str(run.out)!r}, use --fresh or another --out")
-    start = experiment.start(seed)
-    save_weights(run.out / "rewind.safetensors", start.rewind)
-    _write_json(path, settings)
-    return start
+    if run.resume and path.exists():
+        stored, wanted = _read_json(path), json.loads(json.dumps(settings))
+        if other := next((name for name in wanted if stored.get(name) != wanted[name]), None):
+            raise InputError(f"expected a run of the same {other} in {str(run.out)!r}, use --fresh or another --out")
+    return experiment.start(seed)
+
+
+MADE = ("sparse", "logits", "model", "torch")
+"""Files that belong to one ticket, and go with it."""
+
+
+def _write_run(out: Path, settings: dict[str, Any], start: Start, ticket: Ticket) -> None:
+    """What `train`, `sanity` and `export` open; what was made of another ticket goes.
+
+    run.json, written last, says which ticket and weights it belongs to: a run that is killed in between is noticed.
+    """
+    path = out / "run.json"
+    mine = {"ticket": _digest(ticket), "weights": fingerprint(start.rewind)}
+    stored = _read_json(path).get("files") if path.exists() else None
+    if stored is not None and stored != mine:
+        path.unlink()
+        for name in (*(f"{kind}.safetensors" for kind in MADE), "history.json", "sanity.json", "dense.npz"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "checkpoints" / "train", ignore_errors=True)
+    ticket.save(out / "ticket.safetensors")
+    save_weights(out / "rewind.safetensors", start.rewind)
+    _write_json(path, {**settings, "files": mine})
+
+
+def _digest(ticket: Ticket) -> str:
+    return fingerprint({name: ticket.masks[name] for name in sorted(ticket.masks)})
+
+
+def _own(path: Path, ticket: Ticket) -> Path | None:
+    """`path` where it is there. Raises `InputError` where it was made of another ticket."""
+    if not path.exists():
+        return None
+    if load_metadata(path).get("ticket") != _digest(ticket):
+        raise InputError(f"expected {path.name} of the ticket beside it, got another's: run it again, or delete it")
+    return path
 
 
 def _opened(folder: Path) -> tuple[Experiment, Start, Ticket]:
@@ -393,6 +432,8 @@ def _opened(folder: Path) -> tuple[Experiment, Start, Ticket]:
     if not path.exists():
         raise InputError(f"expected the rewind checkpoint at {str(path)!r}, found no such file")
     initial, rewind = experiment.model.init(jax.random.key(seed)), load_weights(path, experiment.model.shapes)
+    if settings.get("files") != {"ticket": _digest(ticket), "weights": fingerprint(rewind)}:
+        raise InputError(f"expected the ticket and weights of one run in {str(folder)!r}, got two runs': run it again")
     return experiment, Start(initial, rewind, jax.random.fold_in(jax.random.key(seed), 1)), ticket
 
 
@@ -415,9 +456,12 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise InputError(f"expected JSON, got a torn or other file: {str(path)!r}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"expected the settings of a run, got another file: {str(path)!r}")
+    return found
 
 
 def main() -> NoReturn:

@@ -28,14 +28,19 @@ Where = Callable[[str, Any], bool]
 Masks = Mapping[str, Array | np.ndarray]
 """For each prunable leaf, by name, a mask of its shape."""
 
-_NOT_KERNEL = re.compile(r"(^|[^a-z])(bias|scale|embed\w*|norm\w*|\w*norm|bn\d*)([^a-z]|$)", re.I)
+_NOT_KERNEL = re.compile(r"(^|[^a-z])(bias|scale|norm\w*|\w*norm|bn\d*)([^a-z]|$)", re.I)
+_EMBEDDING = re.compile(r"(^|[^a-z])embed\w*([^a-z]|$)", re.I)
 STRUCTURES = "weight, input, output or N:M (such as 2:4)"
 
 
 def default_kernels(name: str, leaf: Any) -> bool:
-    """Floating-point matrices and convolution kernels; never biases, norms or embeddings."""
+    """Floating-point matrices and convolution kernels; never biases, norms or embeddings.
+
+    A leaf called "kernel" is a layer's, whatever the layer is called: that of `patch_embed` is a convolution's.
+    """
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and leaf.ndim >= 2 and not _NOT_KERNEL.search(name)
+    table = _EMBEDDING.search(name) and not name.endswith("kernel")
+    return bool(floating and leaf.ndim >= 2 and not _NOT_KERNEL.search(name) and not table)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -149,6 +154,12 @@ class Layout:
         """g: the logits."""
         return sum(math.prod(shape) for shape in self.group_shapes)
 
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """For each leaf, how many weights one of its logits stands for."""
+        pairs = zip(self.group_shapes, self.shapes, strict=True)
+        return tuple(math.prod(shape) // math.prod(group) for group, shape in pairs)
+
     def sizes(self) -> Float[Array, " groups"]:
         """How many weights each logit stands for."""
         pairs = [(math.prod(g), math.prod(s)) for g, s in zip(self.group_shapes, self.shapes, strict=True)]
@@ -199,8 +210,8 @@ class Layout:
         """The mask of the groups with the largest scores.
 
         Exactly floor(density * d) weights for "weight", exactly N of each M for "N:M" (`density` is then N/M or
-        None), at most floor(density * d) for groups of several weights, which are taken from the top until the
-        next does not fit. `count` weights instead, where given. Ties go to the lower index. Raises `InputError` on NaN.
+        None), at most floor(density * d) for groups of several weights: of those that fit at all, from the top until
+        the next does not. `count` weights instead, where given. Ties go to the lower index. Raises `InputError` on NaN.
         """
         if bad := int(np.isnan(np.asarray(scores)).sum()):
             raise InputError(f"expected scores without NaN, got {bad} of {scores.size}")
@@ -214,11 +225,10 @@ class Layout:
             return top_k(scores, count)
         sizes = np.asarray(self.sizes()).astype(np.int64)
         order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
+        order = order[sizes[order] <= count]
+        if not order.size:
+            raise InputError(f"expected a density that keeps a group of {sizes.min()} weights, got room for {count}")
         fits = np.cumsum(sizes[order]) <= count
-        if not fits[0]:
-            raise InputError(
-                f"expected a density that keeps a group of {sizes[order[0]]} weights, got room for {count}"
-            )
         mask = np.zeros(self.groups, bool)
         mask[order] = fits
         return mask

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,23 @@ def imp(
     keep: float = 0.8,
     where: Where = default_kernels,
     folder: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     stop: Callable[[int], bool] = lambda round: False,
 ) -> list[Ticket]:
     """Iterative magnitude pruning with rewinding: train, keep the largest |w| globally, rewind; repeat.
 
     Round n keeps `keep`^n of the weights, the last one exactly floor(density * d). `rewind_params`: the weights of
     the rewind point (LTR) or the initial ones (IMP). Returns the tickets of the rounds; the last one is not trained
-    yet. `folder`: tickets are saved as they come, and found again. `stop(rounds done)` ends early. Raises
-    `InputError` where a trained network has NaN, or `folder` holds the tickets of other weights.
+    yet. `folder`: tickets are saved as they come, with the seconds that each took (`round_seconds`), and found again.
+    `identity`: what `train_fn` does, as JSON says it (recipe, data, seed): a function does not tell. `stop(rounds
+    done)` ends early. Raises `InputError` where a trained network has NaN, or `folder` holds the tickets of other
+    weights or of another identity.
     """
     total = rounds_to(density, keep)
     ticket = Ticket.dense(rewind_params, where)
     tickets: list[Ticket] = []
     if folder is not None:
-        _check_folder(Path(folder), rewind_params, density, keep)
+        _check_folder(Path(folder), rewind_params, density, keep, identity or {})
     for number in range(1, total + 1):
         target = density if number == total else keep**number
         path = None if folder is None else Path(folder) / f"round-{number:03d}.safetensors"
@@ -62,17 +66,27 @@ def imp(
         else:
             if stop(number - 1):
                 break
+            begin = time.perf_counter()
             trained = train_fn(rewind_params, ticket)
             ticket = prune_magnitude(trained, ticket, target)
             if path is not None:
+                # before the ticket: a round that is there has its seconds
+                taken = json.dumps({"seconds": time.perf_counter() - begin})
+                atomic_write(path.with_suffix(".json"), taken.encode())
                 ticket.save(path)
         tickets.append(ticket)
     return tickets
 
 
-def _check_folder(folder: Path, params: Params, density: float, keep: float) -> None:
+def round_seconds(folder: str | Path) -> float:
+    """What the rounds in a folder of `imp` took to run, whenever that was."""
+    return sum(json.loads(path.read_text())["seconds"] for path in sorted(Path(folder).glob("round-*.json")))
+
+
+def _check_folder(folder: Path, params: Params, density: float, keep: float, training: Mapping[str, Any]) -> None:
     """The folder says whose rounds it holds."""
     identity = {"weights": fingerprint(params), "density": density, "keep": keep}
+    identity["training"] = json.loads(json.dumps(training))
     path = folder / "rounds.json"
     if path.exists():
         try:

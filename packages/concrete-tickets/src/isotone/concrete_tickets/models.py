@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -178,7 +178,8 @@ class Model:
     """A network as pure functions of its parameters; functions keep their identity, so jit compiles once.
 
     `apply`: logits; `features`: logits and ReLU outputs; `linear`: without normalisation, for SynFlow; `where`: what
-    is prunable; `shapes`: of the parameters.
+    is prunable; `shapes`: of the parameters; `flattened`: (height, width, channels) of the picture that a dense kernel
+    takes laid flat, by the kernel's name.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Model:
     linear: ApplyFn
     where: Where
     shapes: Params
+    flattened: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def init(self, key: Array) -> Params:
         """Parameters as the paper's code draws them: kernels from N(0, 2 / inputs), scales from U(0, 1), biases 0.
@@ -244,4 +246,13 @@ def _model(name: str, shape: tuple[int, ...], classes: int, dtype: Any, axis_nam
         lambda params, x: nnx.merge(graph, params).linear(x),
         where,
         shapes,
+        _flattened(name, shape),
     )
+
+
+def _flattened(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
+    if name == "lenet":
+        return {"denses/0/kernel": (shape[0] // 4, shape[1] // 4, 16)}
+    if name == "mlp" and len(shape) == 3 and shape[2] > 1:
+        return {"layers/0/kernel": (shape[0], shape[1], shape[2])}
+    return {}

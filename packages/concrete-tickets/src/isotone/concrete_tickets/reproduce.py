@@ -35,12 +35,13 @@ from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 
 CTS = ("cts", "cts:kl_forward", "cts:loss", "cts:delta_loss", "cts:feature_mse", "cts:grad_match", "cts:grad_norm")
-CTS_FORMS = ("cts@init", "cts:kl+short", "cts:kl+lagrangian")
+CTS_FORMS = ("cts@init", "cts:kl+short", "cts:kl+lagrangian", "cts:loss+lagrangian")
 TRAINED = ("ltr", "ltr:7", "ltr@init", "gmp")
 BASELINES = (
     *SNIPS,
     *("grasp", "grasp@init", "grasp:100", "grasp:100@init", "synflow", "synflow@init"),
     *("magnitude", "magnitude@init", "random", "erk"),
+    *("saliency:kl", "saliency:kl+100", "saliency:loss", "saliency:loss+100"),
 )
 TEACHER_TEST = 4000
 VALUES = ("kl", "loss")
@@ -112,7 +113,7 @@ def reproduce(scale: str, run: Run, data: str | None = None) -> Report:
     images = load_images(data or _source(setting.data))
     experiment = _experiment(setting, images)
     seeds = run.seeds or setting.seeds
-    identity = {"scale": scale, "data": images.sha256, "version": 2, "model": setting.model}
+    identity = {"scale": scale, "data": images.sha256, "version": 3, "model": setting.model}
     identity["config"] = repr((experiment.recipe, experiment.config, experiment.rewind, setting.known_epochs))
     log = ArmLog(run.out, identity, run.resume)
     study = Study(experiment, log, run, VALUES)

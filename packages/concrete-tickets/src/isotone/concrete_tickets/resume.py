@@ -61,6 +61,14 @@ def run_epochs(
     return state
 
 
+def program_text(function: Any, *arguments: Any) -> str:
+    """SHA-256 of what jit compiles of `function` for these arguments: the network, objective, controller and all.
+
+    Two functions of one name, or one function over other numbers, are other programs.
+    """
+    return hashlib.sha256(jax.jit(function).lower(*arguments).as_text().encode()).hexdigest()
+
+
 def fingerprint(*trees: Any) -> str:
     """SHA-256 of the leaves' bytes: arrays, and keys of random numbers."""
     digest = hashlib.sha256()

@@ -24,6 +24,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from isotone.concrete_tickets import batches
+from isotone.concrete_tickets.batches import AXIS, check_mesh
 from isotone.concrete_tickets.concrete import TAU, check_relaxation, initial_logit, relaxed_mask
 from isotone.concrete_tickets.controllers import expected_density, global_norm, grad_balance, lagrangian
 from isotone.concrete_tickets.layout import Layout, Params, Where, default_kernels, kept_count, leaf_name, masked
@@ -36,13 +37,11 @@ from isotone.concrete_tickets.objectives import (
     Objective,
     resolve_objective,
 )
-from isotone.concrete_tickets.resume import fingerprint, run_epochs
+from isotone.concrete_tickets.resume import fingerprint, program_text, run_epochs
 from isotone.concrete_tickets.ticket import LayerCollapse, Ticket
 from isotone.shared.errors import InputError, check_count
 
 HISTORY = ("objective", "density", "multiplier", "gradient")
-AXIS = "data"
-"""The mesh axis that a network's own means over the batch run over (`axis_name`), when searched on a mesh."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class SearchResult:
         layout = Layout(tuple(self.logits), shapes, self.structure)
         groups = layout.flatten({name: np.asarray(logits) for name, logits in self.logits.items()})
         mask = layout.select(-groups / np.asarray(layout.sizes()), None, count=self.ticket.kept)
-        return Ticket(layout.expand_eagerly(mask))
+        return Ticket(layout.expand_eagerly(mask), self.structure)
 
 
 @dataclass(frozen=True, eq=True)
@@ -244,6 +243,9 @@ def search(
     an objective that is NaN (naming the batch) or that does not depend on the mask, and a checkpoint of another
     search. Warns with `LayerCollapse` where a layer keeps nothing.
     """
+    known = [field.name for field in dataclasses.fields(SearchConfig)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise InputError(f"expected settings of {', '.join(known)}, got {', '.join(unknown)}")
     config = dataclasses.replace(config or SearchConfig(), **settings)
     resolve_objective(objective)
     keys = _typed(jax.random.key(0) if key is None else key)
@@ -253,17 +255,20 @@ def search(
     if many_densities and not len(density):  # type: ignore[arg-type]
         raise InputError("expected a density, got none")
     targets = [_target(layout, d) for d in (density if many_densities else [density])]  # type: ignore[union-attr,arg-type]
-    classes = None if mesh is not None else batches.count_classes(apply_fn, one, data, prepare)
-    inputs, labels = batches.check_data(data, config.batch_size, classes)
     check_mesh(mesh, config.batch_size)
+    classes = batches.count_classes(apply_fn, one, data, prepare, mesh)
+    inputs, labels = batches.check_data(data, config.batch_size, classes)
     steps = len(labels) // config.batch_size
     spec = SearchSpec(apply_fn, objective, layout, config, steps, features_fn, prepare, mesh)
+    first = jax.tree.map(lambda leaf: leaf[0], params) if params_per_key else params
+    if mesh is not None:
+        batches.check_spread(apply_fn, first, inputs, prepare, mesh)
     if config.cache_dense == "examples":
-        first = jax.tree.map(lambda leaf: leaf[0], params) if params_per_key else params
         _check_alone(spec, first, inputs)
+    _check_objective(spec, first, inputs, labels)
 
     sparse = [target for target in targets if target < 1]
-    dense = SearchResult(Ticket(layout.expand_eagerly(np.ones(layout.groups, bool))), {}, {})
+    dense = SearchResult(Ticket(layout.expand_eagerly(np.ones(layout.groups, bool)), config.structure), {}, {})
     found: list[SearchResult] = []
     if sparse:
         each = [_batches(spec, k, len(labels)) for k in keys.reshape(-1)]
@@ -281,13 +286,18 @@ def search(
         def identity() -> dict[str, Any]:
             named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             named["controller"] = config.controller if isinstance(config.controller, str) else "custom"
-            named["objective"] = objective if isinstance(objective, str) else getattr(objective, "__qualname__", "")
+            named["objective"] = objective if isinstance(objective, str) else "custom"
             arrays = {"weights, data, densities or keys": fingerprint(params, inputs, labels, densities, keys)}
-            return {**named, **dataclasses.asdict(layout), **arrays}
+            text = program_text(
+                functools.partial(_run, spec, params_per_key),
+                *(params, inputs, labels, *begun, order, keys, densities, 0, config.epochs),
+            )
+            return {**named, **dataclasses.asdict(layout), **arrays, "network, objective or controller": text}
 
+        begun = _begin(spec, keys, densities)
         state, history = run_epochs(
             advance,
-            _begin(spec, keys, densities),
+            begun,
             *(0, config.epochs),
             identity=identity,
             folder=checkpoint,
@@ -304,13 +314,6 @@ def search(
     return results if many_densities or keys.ndim else results[0]
 
 
-def check_mesh(mesh: Mesh | None, batch_size: int) -> None:
-    """Raise `InputError` where batches cannot be spread over `mesh`."""
-    if mesh is not None and (mesh.axis_names != (AXIS,) or batch_size % mesh.size):
-        message = f"expected a mesh with one axis {AXIS!r} whose devices divide the batch of {batch_size}"
-        raise InputError(f"{message}, got {dict(mesh.shape)}")
-
-
 def _results(spec: SearchSpec, state: SearchState, history: Any, targets: Any) -> list[SearchResult]:
     """A result for each search, in the order of `targets`."""
     leaves = state.logits if state.averaged is None else state.averaged
@@ -321,7 +324,8 @@ def _results(spec: SearchSpec, state: SearchState, history: Any, targets: Any) -
         mask = spec.layout.select(ranked[number], None if spec.layout.n_of_m else float(target))
         logits = spec.layout.expand_eagerly(ranked[number])
         steps = {name: values[number] for name, values in history.items()}
-        found.append(SearchResult(Ticket(spec.layout.expand_eagerly(mask)), logits, steps, spec.layout.structure))
+        ticket = Ticket(spec.layout.expand_eagerly(mask), spec.layout.structure)
+        found.append(SearchResult(ticket, logits, steps, spec.layout.structure))
     return found
 
 
@@ -334,7 +338,9 @@ def _target(layout: Layout, density: Any) -> float:
         return n / m
     if density is None:
         raise InputError(f"expected a density for structure {layout.structure!r}, got None")
-    kept_count(density, layout.total)
+    count = kept_count(density, layout.total)
+    if (smallest := min(layout.group_sizes)) > count:
+        raise InputError(f"expected a density that keeps a group of {smallest} weights, got room for {count}")
     return float(density)
 
 
@@ -367,6 +373,40 @@ def _check_alone(spec: SearchSpec, params: Params, inputs: Any) -> None:
     )
     if np.abs(together - alone).max() > 1e-3 * (1 + np.abs(alone).max()):
         raise InputError('expected cache_dense="batches": the logits of an example depend on the others of its batch')
+
+
+def _check_objective(spec: SearchSpec, params: Params, inputs: Any, labels: Array) -> None:
+    """Refuse an objective that is no scalar, or that each device of a mesh has another of."""
+    objective, _ = resolve_objective(spec.objective)
+    if isinstance(spec.objective, str):
+        return
+    axis = None if spec.mesh is None else AXIS
+    names = spec.layout.names
+
+    def values(params: Params, inputs: Any, labels: Array) -> Array:
+        batch = Batch(spec.inputs(inputs), labels)
+        made = [Network(spec.apply_fn, params, names, spec.features_fn, axis) for _ in range(2)]
+        return jnp.asarray(objective(made[0], made[1], batch, jax.random.key(0)))[None]
+
+    size = spec.config.batch_size
+    arguments = params, inputs[:size], labels[:size]
+    if spec.mesh is None:
+        shape = jax.eval_shape(values, *arguments).shape
+        if shape != (1,):
+            raise InputError(f"expected an objective that gives a scalar, got shape {shape[1:]}")
+        return
+    mesh = spec.mesh
+
+    def gathered(params: Params, inputs: Any, labels: Array) -> Array:
+        mine = values(params, *(batches.share(part, AXIS, mesh.size) for part in (inputs, labels)))
+        return jax.lax.all_gather(mine, AXIS, tiled=True)
+
+    found = np.asarray(jax.jit(batches.everywhere(gathered, mesh))(*arguments))
+    if found.shape != (spec.mesh.size,):
+        raise InputError(f"expected an objective that gives a scalar, got shape {found.shape[1:]}")
+    if not np.allclose(found, found[0], rtol=1e-5, equal_nan=True):
+        message = "expected an objective that is one number on a mesh (means by `masked.mean`, or pmean over data)"
+        raise InputError(f"{message}, got {found.tolist()}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -85,6 +86,8 @@ class Study:
         folder = None
         if Arm.parse(arm).method == "ltr" and experiment.recipe.epochs * len(experiment.data[1]) > FILES_OVER:
             folder = self.run.out / "rounds" / f"{arm.replace(':', '-')}-{density:.6g}-{seed}"
+            if not self.run.resume:
+                shutil.rmtree(folder, ignore_errors=True)
         outcome = experiment.run(arm, density, seed, start, folder)
         values = {}
         if self.objectives:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -35,15 +36,17 @@ class LayerCollapse(UserWarning):
     """A layer keeps no weight: whatever runs through it alone is cut, and accuracy falls to chance."""
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["masks"], meta_fields=["structure"])
 @dataclass(frozen=True)
 class Ticket:
-    """`masks`: a bool array for each prunable leaf, by the leaf's name ("layers/0/kernel").
+    """`masks`: a bool array for each prunable leaf, by the leaf's name ("layers/0/kernel"). `structure`: what is kept
+    or dropped together ("weight": each by itself; layout.py).
 
     A pytree: it can be passed into jit.
     """
 
     masks: dict[str, Array]
+    structure: str = "weight"
 
     @classmethod
     def from_scores(
@@ -68,11 +71,15 @@ class Ticket:
 
     @classmethod
     def _of(cls, layout: Layout, mask: np.ndarray, warn: bool = True) -> Ticket:
-        ticket = cls(layout.expand_eagerly(mask))
-        if warn and (empty := ticket.collapsed()):
+        ticket = cls(layout.expand_eagerly(mask), layout.structure)
+        return ticket.warn_collapse() if warn else ticket
+
+    def warn_collapse(self) -> Ticket:
+        """The ticket, after a `LayerCollapse` warning where a layer keeps nothing."""
+        if empty := self.collapsed():
             message = f"no weight is kept in {', '.join(empty)}: the layer is cut"
-            warnings.warn(message, LayerCollapse, stacklevel=3)
-        return ticket
+            warnings.warn(message, LayerCollapse, stacklevel=4)
+        return self
 
     @classmethod
     def dense(cls, params: Params, where: Where = default_kernels) -> Ticket:
@@ -121,17 +128,30 @@ class Ticket:
         return jax.tree_util.tree_map_with_path(mask, params)
 
     def shuffle_layers(self, key: Array) -> Ticket:
-        """Each leaf's mask in random order: the layers' counts stay, which weights does not (sanity check a)."""
-        source = host_generator(key)
-        shuffled = {
-            name: jax.device_put(source.permutation(np.asarray(mask).reshape(-1)).reshape(mask.shape))
-            for name, mask in self.masks.items()
-        }
-        return Ticket(shuffled)
+        """Each leaf's mask in random order: the layers' counts stay, which weights does not (sanity check a).
+
+        Groups stay whole; of N:M the N kept of each M are drawn again.
+        """
+        source, layout = host_generator(key), self._layout()
+        shuffled = {}
+        for (name, mask), group in zip(self.masks.items(), layout.group_shapes, strict=True):
+            kept = np.asarray(mask)
+            if layout.n_of_m is not None:
+                blocks = np.moveaxis(kept, -2, -1).reshape(-1, layout.n_of_m[1])
+                drawn = source.permuted(blocks, axis=1).reshape(*kept.shape[:-2], kept.shape[-1], kept.shape[-2])
+                shuffled[name] = jax.device_put(np.moveaxis(drawn, -1, -2))
+                continue
+            one = kept[tuple(slice(None) if a == b else slice(0, 1) for a, b in zip(kept.shape, group, strict=True))]
+            order = source.permutation(one.reshape(-1)).reshape(group)
+            shuffled[name] = jax.device_put(np.broadcast_to(order, kept.shape))
+        return Ticket(shuffled, self.structure)
+
+    def _layout(self) -> Layout:
+        return Layout(tuple(self.masks), tuple(tuple(mask.shape) for mask in self.masks.values()), self.structure)
 
     def invert(self, scores: Masks) -> Ticket:
         """As many weights, those with the LOWEST scores (sanity check b). Raises `InputError` on scores of others."""
-        Layout(tuple(self.masks), tuple(tuple(m.shape) for m in self.masks.values())).check(scores)
+        self._layout().check(scores)
         return Ticket.from_scores(scores, None, lowest=True, warn=False, count=self.kept)
 
     def to_bcoo(self, params: Params) -> dict[str, Any]:
@@ -156,7 +176,8 @@ class Ticket:
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, save(packed, {"format": _FORMAT, "shapes": json.dumps(shapes)}))
+            facts = {"format": _FORMAT, "shapes": json.dumps(shapes), "structure": self.structure}
+            atomic_write(path, save(packed, facts))
         except OSError as error:
             raise InputError(f"expected to write a ticket to {str(path)!r}, got {error.strerror}") from None
         return path
@@ -175,6 +196,8 @@ class Ticket:
                 if metadata.get("format") != _FORMAT:
                     raise InputError(f"expected a ticket ({_FORMAT}), got another file: {str(path)!r}")
                 shapes = json.loads(metadata["shapes"])
+                # files of before structures were kept
+                structure = metadata.get("structure", "weight")
                 bits = {name: np.unpackbits(file.get_tensor(name)) for name in shapes}
                 masks = {
                     name: jax.device_put(bits[name][: math.prod(shape)].astype(bool).reshape(shape))
@@ -184,7 +207,9 @@ class Ticket:
             raise
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"expected a whole ticket, got a torn or corrupted one: {str(path)!r} ({error})") from None
-        return cls(masks)
+        ticket = cls(masks, structure)
+        ticket._layout()
+        return ticket
 
 
 def keep(params: Params, masks: Masks) -> Params:

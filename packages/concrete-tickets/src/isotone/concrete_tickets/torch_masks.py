@@ -17,8 +17,28 @@ from isotone.shared.errors import InputError
 
 
 def torch_name(name: str) -> str:
-    """ "layers/0/kernel" as torch calls it: "layers.0.weight"."""
-    return name.replace("/", ".").removesuffix("kernel") + ("weight" if name.endswith("kernel") else "")
+    """ "layers/0/kernel" as torch calls it: "layers.0.weight"; so is a norm's scale."""
+    parent, _, leaf = name.rpartition("/")
+    return ".".join([*parent.split("/"), "weight" if leaf in ("kernel", "scale") else leaf]).lstrip(".")
+
+
+def torch_state(
+    arrays: Mapping[str, np.ndarray], masks: Mapping[str, Any], flattened: Mapping[str, tuple[int, int, int]]
+) -> dict[str, np.ndarray]:
+    """Weights and masks with the names and axes of a module under `torch.nn.utils.prune`: weight_orig, weight_mask.
+
+    `flattened`: for each dense kernel that takes a picture laid flat, the picture's (height, width, channels): torch
+    lays pictures flat channels first.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        parts = {"_orig": array, "_mask": np.asarray(masks[name], np.float32)} if name in masks else {"": array}
+        for suffix, part in parts.items():
+            if name in flattened:
+                rows = np.arange(len(part)).reshape(flattened[name]).transpose(2, 0, 1).reshape(-1)
+                part = part[rows]
+            found[torch_name(name) + suffix] = to_torch_order(part) if name.endswith("kernel") else part
+    return found
 
 
 def to_torch_order(array: Any) -> np.ndarray:

@@ -23,11 +23,11 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from isotone.concrete_tickets import batches
+from isotone.concrete_tickets.batches import AXIS, check_mesh
 from isotone.concrete_tickets.layout import Params
 from isotone.concrete_tickets.objectives import ApplyFn
 from isotone.concrete_tickets.optimizer import mask_optimizer
-from isotone.concrete_tickets.resume import fingerprint, run_epochs
-from isotone.concrete_tickets.search import AXIS, check_mesh
+from isotone.concrete_tickets.resume import fingerprint, program_text, run_epochs
 from isotone.concrete_tickets.ticket import Ticket
 from isotone.shared.errors import InputError, check_count
 
@@ -130,9 +130,10 @@ def train(
     if not 0 <= first <= last <= recipe.epochs:
         raise InputError(f"expected epochs within 0 to {recipe.epochs}, got {first} to {last}")
     check_mesh(trainer.mesh, recipe.batch_size)
-    sharded = trainer.mesh is not None
-    classes = None if sharded else batches.count_classes(trainer.apply_fn, params, data, trainer.prepare)
+    classes = batches.count_classes(trainer.apply_fn, params, data, trainer.prepare, trainer.mesh)
     inputs, labels = batches.check_data(data, recipe.batch_size, classes)
+    if trainer.mesh is not None:
+        batches.check_spread(trainer.apply_fn, params, inputs, trainer.prepare, trainer.mesh)
     key = jax.random.key(0) if key is None else key
     masks = {}
     if ticket is not None:
@@ -150,9 +151,20 @@ def train(
         return state
 
     def identity() -> dict[str, Any]:
-        augment = getattr(trainer.augment, "__qualname__", None)
         arrays = {"weights, ticket, data or key": fingerprint(params, masks, inputs, labels, key)}
-        return {**dataclasses.asdict(recipe), "augmentation": augment, "epochs to run": [first, last], **arrays}
+        losses = np.zeros(recipe.epochs, np.float32)
+        text = program_text(
+            functools.partial(_run, trainer),
+            (params, optimizer, losses),
+            masks,
+            inputs,
+            labels,
+            order,
+            key,
+            first,
+            last,
+        )
+        return {**dataclasses.asdict(recipe), "epochs to run": [first, last], **arrays, "network or functions": text}
 
     params, optimizer, losses = run_epochs(
         advance,
@@ -196,6 +208,9 @@ def _epochs(trainer, state, masks, inputs, labels, order, key, first, last):
         total = jnp.sum(values) if axis is None else jax.lax.psum(jnp.sum(values), axis)
         return total if recipe.reduction == "sum" else total / recipe.batch_size
 
+    def prepared(x):
+        return x if trainer.prepare is None else trainer.prepare(x)
+
     def epoch(number, carry):
         params, optimizer, losses = carry
         rate = recipe.rate(number)
@@ -204,12 +219,13 @@ def _epochs(trainer, state, masks, inputs, labels, order, key, first, last):
             params, optimizer, total = carry
             index = order[number, item]
             index = index if axis is None else batches.share(index, axis, trainer.mesh.size)
-            x = inputs[index] if trainer.prepare is None else trainer.prepare(inputs[index])
-            if trainer.augment is not None:
+            if trainer.augment is None:
+                x = prepared(inputs[index])
+            else:
                 noise = jax.random.fold_in(jax.random.fold_in(key, 1_000_000 + number), item)
-                if axis is not None:
-                    noise = jax.random.fold_in(noise, jax.lax.axis_index(axis))
-                x = trainer.augment(noise, x)
+                # drawn for the whole batch, whatever number of devices it is spread over
+                x = trainer.augment(noise, prepared(inputs[order[number, item]]))
+                x = x if axis is None else batches.share(x, axis, trainer.mesh.size)
             value, gradient = jax.value_and_grad(loss)(params, x, labels[index])
             updates, optimizer = tx.update(gradient, optimizer, params, learning_rate=rate)
             return (optax.apply_updates(params, updates), optimizer, total + value), None

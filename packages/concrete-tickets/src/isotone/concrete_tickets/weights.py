@@ -39,6 +39,18 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(message) from None
 
 
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """What `save_weights` was told to keep beside the arrays. Raises `InputError` where the file is torn."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        message = f"expected a whole safetensors file, got a torn or corrupted one: {str(path)!r} ({error})"
+        raise InputError(message) from None
+
+
 def load_weights(path: str | Path, like: Params) -> Params:
     """The weights of a file in the structure of `like`, an array or a shape for each leaf.
 
