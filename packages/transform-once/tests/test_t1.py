@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+
+from isotone.shared.errors import InputError
 from isotone.transform_once import (
     FFNO,
     FNO,
@@ -27,8 +29,6 @@ from isotone.transform_once import (
 from isotone.transform_once.fno import SpectralConv
 from isotone.transform_once.initializers import dense_scale, mixing_scale, vp_scale
 from isotone.transform_once.layers import T1Layer
-
-from isotone.shared.errors import InputError
 
 SMALL = {"width": 5, "depth": 2, "head_width": 6, "head_scale": 0.3}
 
@@ -159,9 +159,8 @@ def test_a_field_on_a_finer_grid_is_the_same_field(transform):
 def test_vp_keeps_the_variance_a_point_and_naive_does_not():
     """64 x 64, C = 48, m = 24, fields of iid N(0, s^2), 200 draws: linear channel mixing, zero-fill, inverse.
 
-    vp: the mean variance a point is s^2; naive: m_total / (N_total C^3) s^2, both within 3 standard errors of 200 draws:
-    a right implementation fails one of the two assertions in 1 of 190 runs; the seed is fixed.
-    """
+    vp: the mean variance a point is s^2; naive: m_total / (N_total C^3) s^2, both within 3 standard errors of 200
+    draws: a right implementation fails one of the two assertions in 1 of 190 runs; the seed is fixed."""
     n, m, width, draws, deviation = 64, 24, 48, 200, 1.7
     transform = Transform("dct", (n, n), (m, m))
 

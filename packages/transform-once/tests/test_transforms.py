@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from isotone.transform_once import Transform, dct, idct
-from isotone.transform_once.transforms import cosine_matrix, energy, pack, rescale, unpack
 from jaxtyping import TypeCheckError
 from scipy import fft
 
 from isotone.shared.errors import InputError
+from isotone.transform_once import Transform, dct, idct
+from isotone.transform_once.transforms import cosine_matrix, energy, pack, rescale, unpack
 
 SHAPES = [(7,), (1,), (16,), (5, 8), (13, 1), (4, 6, 3)]
 

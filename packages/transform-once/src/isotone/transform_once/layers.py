@@ -1,9 +1,8 @@
 """Layers on a spectrum: channel mixing per mode, mixing along each frequency axis; and the dense ones around them.
 
 Inside, a block of modes is mode-major, (m1, .., md, B, C): channel mixing is then one batched matrix product over the
-modes, which is what XLA runs well on CPU and GPU alike. Weights are (M, C_in, C_out) with M = m1 .. md, and (C, m, m) for
-each axis; complex ones carry a last axis of 2, so that an optimizer sees real numbers.
-"""
+modes, which is what XLA runs well on CPU and GPU alike. Weights are (M, C_in, C_out) with M = m1 .. md, and (C, m, m)
+for each axis; complex ones carry a last axis of 2, so that an optimizer sees real numbers."""
 
 from __future__ import annotations
 
@@ -51,8 +50,8 @@ class Weight(nnx.Module):
 
 
 class T1Layer(nnx.Module):
-    """One layer of T1 on a block of modes (section 2.3, step 3): per-mode channel mixing, activation, a dense mixing along
-    each frequency axis, and the residual. There is no activation after the frequency mixing.
+    """One layer of T1 on a block of modes (section 2.3, step 3): per-mode channel mixing, activation, a dense mixing
+    along each frequency axis, and the residual. There is no activation after the frequency mixing.
 
     `block`: the modes of each axis (m1, .., md). `n_total`: points of the grid, for "vp". Raises `InputError` on a
     residual between different widths.
@@ -125,8 +124,8 @@ class Dense(nnx.Module):
 
 
 class Head(nnx.Module):
-    """sin(z Fc1) Fc2 at each mode, no biases (section 2.3, step 4): a mode that is 0 stays 0, so that the block alone is
-    computed."""
+    """sin(z Fc1) Fc2 at each mode, no biases (section 2.3, step 4): a mode that is 0 stays 0, so that the block alone
+    is computed."""
 
     def __init__(self, width: int, hidden: int, outputs: int, scale: float, *, rngs: nnx.Rngs) -> None:
         self.first = Dense(width, hidden, rngs=rngs, bias=False, deviation=scale)

@@ -1,8 +1,7 @@
 """Losses in the frequency domain and on fields: by Parseval the same numbers (section 2.5).
 
-Of a truncated model the loss splits: |Y^ - Y|^2 = |Y^_{<m} - Y_{<m}|^2 + sum of |Y_k|^2 outside the block, and the second
-term, the irreducible one, belongs to the data. Both are counted, so that a value here is the field's.
-"""
+Of a truncated model the loss splits: |Y^ - Y|^2 = |Y^_{<m} - Y_{<m}|^2 + sum of |Y_k|^2 outside the block, and the
+second term, the irreducible one, belongs to the data. Both are counted, so that a value here is the field's."""
 
 from __future__ import annotations
 

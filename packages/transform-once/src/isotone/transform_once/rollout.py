@@ -1,9 +1,8 @@
 """Rollouts: a model that gives the next frame, applied to its own output (section 2.8).
 
 Orders: 0, x_{t+1} = f; 1, x_{t+1} = x_t + f; 2, x_{t+1} = 2 x_t - x_{t-1} + f. The updates and the sliding window are
-linear, so that a model of the frequency domain stays there: the context is transformed once, each step works on blocks of
-modes, and all frames are inverted at the end.
-"""
+linear, so that a model of the frequency domain stays there: the context is transformed once, each step works on
+blocks of modes, and all frames are inverted at the end."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ DOMAINS = ("auto", "frequency", "physical")
 def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, domain: str = "auto") -> np.ndarray:
     """`steps` frames (B, steps, N1, .., Nd, C) after the context `frames` (B, context, N1, .., Nd, C).
 
-    The model takes context x C channels, oldest frame first, and gives C. `domain` "frequency": modes past the block are
-    dropped from the context's last frames too, which orders 1 and 2 would carry on; "auto": it where the model can.
-    Raises `InputError` on another order or domain, a context that does not fit, order 2 of one frame, and NaN.
+    The model takes context x C channels, oldest frame first, and gives C. `domain` "frequency": modes past the block
+    are dropped from the context's last frames too, which orders 1 and 2 would carry on; "auto": it where the model
+    can. Raises `InputError` on another order or domain, a context that does not fit, order 2 of one frame, and NaN.
     """
     check_count("steps", steps)
     frames = np.asarray(frames)

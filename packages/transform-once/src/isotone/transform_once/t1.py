@@ -77,7 +77,8 @@ class Spectral(Operator):
         return fields[(slice(None), *(slice(0, n) for n in sizes))]
 
     def encode_targets(self, fields: Float[Array, "B ... C"]) -> tuple[Inexact[Array, "B ... C"], Float[Array, " B"]]:
-        """The block of the targets' modes and, of each, the squared norm that no block can hold (at the block's scale)."""
+        """The block of the targets' modes and, of each, the squared norm that no block can hold (at the block's
+        scale)."""
         block = self._forward(fields)
         grid = self.grid(fields.shape[1:-1])
         scale = rescale(grid.sizes, self.reference)

@@ -1,10 +1,9 @@
 """The one transform: real orthonormal DCT-II (or the ortho-normalised real FFT), truncated to its lowest modes.
 
-Legend: fields are (B, N1, .., Nd, C), spectra (B, m1, .., md, C), channels last; a grid of sizes N, m modes an axis. The
-DCT is applied as a matrix of m x N cosines an axis, which truncates for nothing; W W^T = I (section 2.1), so that the
-inverse is the transpose and norms are kept. Matrices are made in float64 and applied at the highest precision: TF32 or
-bfloat16 here would break Parseval at 1e-3.
-"""
+Legend: fields are (B, N1, .., Nd, C), spectra (B, m1, .., md, C), channels last; a grid of sizes N, m modes an axis.
+The DCT is applied as a matrix of m x N cosines an axis, which truncates for nothing; W W^T = I (section 2.1), so that
+the inverse is the transpose and norms are kept. Matrices are made in float64 and applied at the highest precision:
+TF32 or bfloat16 here would break Parseval at 1e-3."""
 
 from __future__ import annotations
 
@@ -34,8 +33,8 @@ def cosine_matrix(modes: int, size: int) -> np.ndarray:
 
 
 def dct(
-    x: Float[Array, "..."], axes: Sequence[int], norm: str = "ortho", modes: Sequence[int] | None = None
-) -> Float[Array, "..."]:
+    x: Float[Array, ...], axes: Sequence[int], norm: str = "ortho", modes: Sequence[int] | None = None
+) -> Float[Array, ...]:
     """The DCT-II over `axes`, of each the first `modes` (None: all): S_m T x of section 2.1.
 
     Raises `InputError` on a field that is not real and floating, more modes than points, or a norm but "ortho".
@@ -50,7 +49,7 @@ def dct(
     return x
 
 
-def idct(spectrum: Float[Array, "..."], sizes: Sequence[int], axes: Sequence[int]) -> Float[Array, "..."]:
+def idct(spectrum: Float[Array, ...], sizes: Sequence[int], axes: Sequence[int]) -> Float[Array, ...]:
     """The field on a grid of `sizes` along `axes` whose modes past those given are 0: T^-1 S_m^T X (a DCT-III)."""
     _check_real(spectrum)
     check_modes([spectrum.shape[axis] for axis in axes], sizes)
@@ -190,12 +189,12 @@ def rescale(sizes: Sequence[int], reference: Sequence[int]) -> float:
     return math.sqrt(math.prod(reference) / math.prod(sizes))
 
 
-def pack(spectrum: Complex[Array, "..."]) -> Float[Array, "... 2"]:
+def pack(spectrum: Complex[Array, ...]) -> Float[Array, "... 2"]:
     """Real and imaginary parts on a last axis."""
     return jnp.stack([spectrum.real, spectrum.imag], -1)
 
 
-def unpack(pair: Float[Array, "... 2"]) -> Complex[Array, "..."]:
+def unpack(pair: Float[Array, "... 2"]) -> Complex[Array, ...]:
     """The complex numbers of `pack`."""
     return jax.lax.complex(pair[..., 0], pair[..., 1])
 

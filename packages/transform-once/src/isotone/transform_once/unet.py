@@ -1,10 +1,11 @@
-"""U-Nets after Deep-Flow-Prediction's: of a field (a baseline), and of a block of modes as a picture (T1U, section 2.4).
+"""U-Nets after Deep-Flow-Prediction's: of a field (a baseline), and of a block of modes as a picture (T1U, section
+2.4).
 
-Encoder: convolution of stride 2 to c = 2^e channels, then [LeakyReLU 0.2, convolution of stride 2, batch norm] to 2c, 2c,
-4c, 8c, 8c, 8c, the last without norm, as many as the picture has halvings; the decoder mirrors it with [ReLU, bilinear
-upsampling, convolution, batch norm] and skips, and ends in ReLU and a transposed convolution. The original's kernels and
-paddings are tuned by hand for eight sizes; here any picture is zero-padded to a multiple of 2^depth and cropped.
-"""
+Encoder: convolution of stride 2 to c = 2^e channels, then [LeakyReLU 0.2, convolution of stride 2, batch norm] to 2c,
+2c, 4c, 8c, 8c, 8c, the last without norm, as many as the picture has halvings; the decoder mirrors it with [ReLU,
+bilinear upsampling, convolution, batch norm] and skips, and ends in ReLU and a transposed convolution. The original's
+kernels and paddings are tuned by hand for eight sizes; here any picture is zero-padded to a multiple of 2^depth and
+cropped."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ WIDTHS = (1, 2, 2, 4, 8, 8, 8)
 class UNetBody(nnx.Module):
     """(B, n1, .., nd, C_in) to (B, n1, .., nd, C_out), for pictures of the size that it was made for or larger.
 
-    `exponent` e: 2^e channels at the top; at most `depth` halvings, and no more than the smallest of `sizes` has. Batch statistics in training (`train()`), running ones in `eval()`.
-    """
+    `exponent` e: 2^e channels at the top; at most `depth` halvings, and no more than the smallest of `sizes` has.
+    Batch statistics in training (`train()`), running ones in `eval()`."""
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
 """Potential flow about Joukowski airfoils: exact, so that what a model says can be checked against identities.
 
-A circle about c = -mu_x + i mu_y through 1 goes by z = zeta + 1 / zeta to an airfoil; the flow about the circle with the
-Kutta circulation Gamma = 4 pi U R sin(alpha + beta), sin beta = mu_y / R, leaves the trailing edge smoothly. Scaled to
-chord 1 and centred. In the fluid c_p = 1 - |u|^2 / U^2 (Bernoulli) and the lift is rho U Gamma.
-"""
+A circle about c = -mu_x + i mu_y through 1 goes by z = zeta + 1 / zeta to an airfoil; the flow about the circle with
+the Kutta circulation Gamma = 4 pi U R sin(alpha + beta), sin beta = mu_y / R, leaves the trailing edge smoothly.
+Scaled to chord 1 and centred. In the fluid c_p = 1 - |u|^2 / U^2 (Bernoulli) and the lift is rho U Gamma."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ TAU, ALPHA = 7.0, 2.5
 
 
 class Waves(NamedTuple):
-    """Wavenumbers of the real FFT on an N x N grid of the unit torus: `x`, `y` (2 pi k), `square`, and the 2/3 `mask`."""
+    """Wavenumbers of the real FFT on an N x N grid of the unit torus: `x`, `y` (2 pi k), `square`, and the 2/3
+    `mask`."""
 
     x: np.ndarray
     y: np.ndarray
