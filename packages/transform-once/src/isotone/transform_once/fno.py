@@ -101,6 +101,8 @@ def _matmul_inverse(block: Array, sizes: tuple[int, ...], modes: tuple[int, ...]
 class FNO(Operator):
     """z <- act(SpectralConv(z) + z + W z), lifted from [a, coordinates], through Linear - GELU - Linear at the end."""
 
+    config: FNOConfig
+
     def __init__(self, config: FNOConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         self.config = config = config or FNOConfig()
         rngs = rngs or nnx.Rngs(0)
@@ -138,6 +140,8 @@ class FFNO(Operator):
 
     The lift sees no coordinates: so the official run's number of parameters has it.
     """
+
+    config: FFNOConfig
 
     def __init__(self, config: FFNOConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         self.config = config = config or FFNOConfig()

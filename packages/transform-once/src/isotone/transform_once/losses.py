@@ -71,4 +71,4 @@ def squared_error(
 
 def _root(x: Array) -> Array:
     """A square root whose gradient at 0 is 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+    return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))

@@ -77,7 +77,7 @@ class Operator(nnx.Module):
         for start in range(0, len(inputs), batch_size):
             batch = inputs[start : start + batch_size]
             whole = np.concatenate([batch, np.repeat(batch[:1], min(batch_size, len(inputs)) - len(batch), 0)])
-            found.append(np.asarray(_predict(graph, state, whole))[: len(batch)])
+            found.append(np.asarray(_predict(graph, state, jnp.asarray(whole)))[: len(batch)])
         return np.concatenate(found) if found else np.zeros((0, *inputs.shape[1:-1], self.config.out_channels))
 
     def rollout(self, frames: np.ndarray, steps: int, order: int = 0, domain: str = "auto") -> np.ndarray:

@@ -44,6 +44,7 @@ class Spectral(Operator):
     """
 
     config: T1Config
+    lift: Dense
     frequency_domain = True
 
     def grid(self, sizes: tuple[int, ...]) -> Transform:
@@ -94,11 +95,21 @@ class Spectral(Operator):
     @property
     def _constants(self) -> np.ndarray:
         """Spectra of the coordinates and of ones, (block, d + 1): what the lift adds to the input's."""
-        return _coordinate_spectra(self.config, self.reference, jax.config.jax_enable_x64)
+        return _coordinate_spectra(self.config, self.reference, jnp.zeros(()).dtype == jnp.float64)
 
     def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         """Fields to fields."""
         return self.decode(self.spectrum(self.encode(fields)), fields.shape[1:-1])
+
+    def _lift(self, block: Array) -> Array:
+        """The lifted spectrum: linear in the input's, the coordinates' and the ones'."""
+        kernel, bias = self.lift.kernel[...], self.lift.bias
+        assert bias is not None
+        own = self.config.in_channels
+        constants = jnp.asarray(self._constants, block.dtype)
+        fixed = constants[..., :-1] @ kernel[own:].astype(block.dtype) + constants[..., -1:] * bias[...]
+        lifted = block @ kernel[:own].astype(block.dtype) + fixed
+        return lifted if jnp.iscomplexobj(block) else lifted.astype(self.config.dtype)
 
     def spectrum(self, block: Inexact[Array, "B ... C"]) -> Inexact[Array, "B ... D"]:
         """The block of the output's modes from that of the input's: the network itself."""
@@ -155,16 +166,6 @@ class T1(Spectral):
         grid = Transform(config.transform, self.reference, self.reference if config.keep_high else config.axes_modes)
         return grid.project(y.astype(block.dtype))
 
-    def _lift(self, block: Array) -> Array:
-        """The lifted spectrum: linear in the input's, the coordinates' and the ones'."""
-        kernel, bias = self.lift.kernel[...], self.lift.bias
-        assert bias is not None
-        own = self.config.in_channels
-        constants = jnp.asarray(self._constants, block.dtype)
-        fixed = constants[..., :-1] @ kernel[own:].astype(block.dtype) + constants[..., -1:] * bias[...]
-        lifted = block @ kernel[:own].astype(block.dtype) + fixed
-        return lifted if jnp.iscomplexobj(block) else lifted.astype(self.config.dtype)
-
 
 class T1U(Spectral):
     """T1U (section 2.4): the block of modes, lifted to C_in + d channels, as a picture through a U-Net."""
@@ -194,8 +195,6 @@ class T1U(Spectral):
             depth=config.depth,
             rngs=rngs,
         )
-
-    _lift = T1._lift
 
     def spectrum(self, block: Inexact[Array, "B ... C"]) -> Inexact[Array, "B ... D"]:
         z = self._lift(block)

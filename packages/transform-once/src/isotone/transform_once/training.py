@@ -149,6 +149,12 @@ class _Loop(NamedTuple):
     optimizer: Any
 
 
+def _split(model: Operator) -> tuple[Any, Any, Any]:
+    """Structure, weights, and the rest (statistics) of a module."""
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    return parts
+
+
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW but for the rate, which is traced."""
     return optax.chain(optax.scale_by_adam(eps=config.eps), optax.add_decayed_weights(config.weight_decay))
@@ -183,7 +189,7 @@ def _epoch(
         def loss(params: Any) -> tuple[Array, Any]:
             model = nnx.merge(graph, params, carry.rest, copy=True)
             value = loss_fn(model, batch)
-            return value, nnx.split(model, nnx.Param, ...)[2]
+            return value, _split(model)[2]
 
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(carry.params)
         if sharded:
@@ -232,7 +238,7 @@ class Trainer:
         for _, module in nnx.iter_modules(copy):
             if isinstance(module, nnx.BatchNorm):
                 module.axis_name = AXIS if mesh is not None else None
-        self.graph, params, rest = nnx.split(copy, nnx.Param, ...)
+        self.graph, params, rest = _split(copy)
         self.loop = self._start(params, rest)
         self.epoch = 0
         self._run = self._compile()
@@ -253,7 +259,7 @@ class Trainer:
         for seed in self.seeds:
             made = make_model(self.model.config, seed)
             made.train()
-            _, own, other = nnx.split(made, nnx.Param, ...)
+            _, own, other = _split(made)
             parts.append(_Loop(own, other, init(own)))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 

@@ -46,12 +46,12 @@ class UNetBody(nnx.Module):
         downs, down_norms, ups, up_norms = [], [], [], []
         for level, width in enumerate(widths):
             source = inputs if level == 0 else widths[level - 1]
-            downs.append(_conv(dims, source, width, 4, rngs))
             normed = 0 < level < depth - 1
+            downs.append(_conv(dims, source, width, 4, normed, rngs))
             down_norms.append(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) if normed else None)
         for level in range(depth - 1, 0, -1):
             source = widths[level] * (1 if level == depth - 1 else 2)
-            ups.append(_conv(dims, source, widths[level - 1], 3, rngs))
+            ups.append(_conv(dims, source, widths[level - 1], 3, True, rngs))
             up_norms.append(nnx.BatchNorm(widths[level - 1], momentum=0.9, rngs=rngs))
         self.downs, self.down_norms = nnx.List(downs), nnx.List(down_norms)
         self.ups, self.up_norms = nnx.List(ups), nnx.List(up_norms)
@@ -64,8 +64,8 @@ class UNetBody(nnx.Module):
         kept: list[Array] = []
         for level in range(self.depth):
             x = self.downs[level](x if level == 0 else jax.nn.leaky_relu(x, 0.2))
-            if self.down_norms[level] is not None:
-                x = self.down_norms[level](x)
+            norm = self.down_norms[level]
+            x = x if norm is None else norm(x)
             kept.append(x)
         for number, level in enumerate(range(self.depth - 1, 0, -1)):
             x = jax.image.resize(jax.nn.relu(x), (x.shape[0], *(2 * n for n in x.shape[1:-1]), x.shape[-1]), "bilinear")
@@ -75,13 +75,18 @@ class UNetBody(nnx.Module):
         return x[(slice(None), *(slice(0, n) for n in sizes))]
 
 
-def _conv(dims: int, inputs: int, outputs: int, kernel: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs: nnx.Rngs) -> nnx.Conv:
     stride = 2 if kernel == 4 else 1
-    return nnx.Conv(inputs, outputs, (kernel,) * dims, (stride,) * dims, padding="SAME", rngs=rngs)
+    # a norm takes out what a bias would add
+    return nnx.Conv(
+        *(inputs, outputs, (kernel,) * dims, (stride,) * dims), padding="SAME", use_bias=not normed, rngs=rngs
+    )
 
 
 class UNet(Operator):
     """The U-Net on the field itself, coordinates appended."""
+
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         self.config = config = config or UNetConfig()

@@ -93,11 +93,12 @@ def solve_vorticity(
     if w0.ndim != 3 or w0.shape[1] != w0.shape[2] or w0.shape[1] < 4:
         raise InputError(f"expected fields (n, N, N) with N of 4 or more, got shape {w0.shape}")
     steps = max(1, math.ceil(t_final / frames / dt - 1e-9))
-    return _solve(w0, viscosity, t_final / frames / steps, steps, frames, forced)
+    numbers = (jnp.asarray(value, w0.dtype) for value in (viscosity, t_final / frames / steps))
+    return _solve(w0, *numbers, steps, frames, forced)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "forced"))
-def _solve(w0: Array, viscosity: float, dt: float, steps: int, frames: int, forced: bool) -> Array:
+def _solve(w0: Array, viscosity: Array, dt: Array, steps: int, frames: int, forced: bool) -> Array:
     size, dtype = w0.shape[-1], w0.dtype
     wave = waves(size)
     mask, square = jnp.asarray(wave.mask), jnp.asarray(wave.square, dtype)
@@ -153,7 +154,7 @@ def navier_stokes(
         found = solve_vorticity(w0, viscosity, t_final, dt, frames)
         first.append(np.asarray(w0[:, ::every, ::every]))
         last.append(np.asarray(found[:, :, ::every, ::every]))
-    w0, found = np.concatenate(first)[:samples], np.concatenate(last)[:samples]
-    if not np.isfinite(found).all():
+    begun, ended = np.concatenate(first)[:samples], np.concatenate(last)[:samples]
+    if not np.isfinite(ended).all():
         raise InputError(f"expected a stable solution, got NaN or infinity: lower dt from {dt}")
-    return w0[..., None], found[..., None]
+    return begun[..., None], ended[..., None]

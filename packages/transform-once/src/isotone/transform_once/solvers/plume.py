@@ -163,8 +163,8 @@ def plume(seed: int, samples: int, frames: int = 60, config: PlumeConfig | None 
         source = strength * np.exp(-((x - place) ** 2 + (y - 0.15) ** 2) / radius**2)
         # a plume that starts symmetric stays so: a faint tilt decides which way it bends
         tilt = 0.5 * rng.standard_normal() * np.sin(2 * np.pi * x) * np.sin(np.pi * y / ratio)
-        fields = (jnp.asarray(part, jnp.float32) for part in (np.zeros_like(source), tilt, source))
-        density, _ = simulate(*fields, config, frames)
+        empty, swirl, feed = (jnp.asarray(part, jnp.float32) for part in (np.zeros_like(source), tilt, source))
+        density, _ = simulate(empty, swirl, feed, config, frames)
         found.append(np.asarray(density))
     stacked = np.stack(found)[..., None]
     if not np.isfinite(stacked).all():
