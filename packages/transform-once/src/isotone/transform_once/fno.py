@@ -138,7 +138,8 @@ class FNO(Operator):
 class FFNO(Operator):
     """One axis at a time, the sum of both through a feed-forward network, z <- z - b, and a head on the last b alone.
 
-    The lift sees no coordinates: so the official run's number of parameters has it.
+    The lift sees coordinates. The official run's number of parameters has it without them (2 W fewer), but then the
+    model commutes with translations, and a forcing that is fixed in space can not be learnt.
     """
 
     config: FFNOConfig
@@ -147,7 +148,7 @@ class FFNO(Operator):
         self.config = config = config or FFNOConfig()
         rngs = rngs or nnx.Rngs(0)
         width = config.width
-        self.lift = Dense(config.in_channels, width, rngs=rngs)
+        self.lift = Dense(config.in_channels + config.dims, width, rngs=rngs)
         deviation = math.sqrt(2 / (2 * width))  # Xavier-normal of a width x width matrix
         self.axes = nnx.List(
             [
@@ -166,8 +167,7 @@ class FFNO(Operator):
 
     def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         act = activation(self.config.activation)
-        self.check_fields(fields)
-        z = self.lift(fields.astype(self.config.dtype))
+        z = self.lift(self.with_coordinates(fields).astype(self.config.dtype))
         b = z
         for weights, (first, second) in zip(self.axes, self.feed, strict=True):
             parts = [_one_axis(z, weight, axis) for axis, weight in enumerate(weights, 1)]
