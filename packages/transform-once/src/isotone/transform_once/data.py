@@ -29,8 +29,8 @@ _PAIRS = (("inputs", "targets"), ("x", "y"), ("a", "u"))
 
 @dataclass(frozen=True)
 class Fields:
-    """`inputs` (samples, N1, .., Nd, C), `targets` of the same grid; `frames`: how many frames the inputs' channels are,
-    oldest first (a rollout's context); `name` and `sha256` of where they came from."""
+    """`inputs` (samples, N1, .., Nd, C), `targets` of the same grid; `frames`: how many frames the inputs' channels
+    are, oldest first (a rollout's context); `name` and `sha256` of where they came from."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -63,7 +63,8 @@ class Fields:
         return Fields(self.inputs[rows], self.targets[rows], self.name, self.sha256, self.frames, self.about)
 
     def coarser(self, size: int) -> Fields:
-        """Every so many-th point of each axis, to `size` points a side. Raises `InputError` where that does not divide."""
+        """Every so many-th point of each axis, to `size` points a side. Raises `InputError` where that does not
+        divide."""
         if any(n % size for n in self.sizes):
             raise InputError(f"expected a size that divides the grid {self.sizes}, got {size}")
         rows = (slice(None), *(slice(None, None, n // size) for n in self.sizes))
@@ -74,7 +75,7 @@ class Fields:
         import io
 
         buffer = io.BytesIO()
-        about = json.dumps({"frames": self.frames, **self.about})
+        about = json.dumps({"context": self.frames, **self.about})
         np.savez_compressed(buffer, inputs=self.inputs, targets=self.targets, about=np.array(about))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(path), buffer.getvalue())
@@ -102,9 +103,9 @@ def load(path: str | Path, context: int = 1, step: int = 1) -> Fields:
         about = dict(json.loads(str(arrays.pop("about"))))
     if "trajectories" in arrays:
         return _windows(arrays["trajectories"], context, step, path)
-    for names in _PAIRS:
-        if all(name in arrays for name in names):
-            return _fields(*(arrays[name] for name in names), path, int(about.pop("frames", 1)), about)
+    for first, second in _PAIRS:
+        if first in arrays and second in arrays:
+            return _fields(arrays[first], arrays[second], path, int(about.pop("context", 1)), about)
     found = ", ".join(sorted(arrays)) or "nothing"
     raise InputError(f"expected arrays inputs and targets (or x and y) in {str(path)!r}, found {found}")
 
@@ -120,20 +121,23 @@ def _fields(inputs: np.ndarray, targets: np.ndarray, path: Path, frames: int, ab
         inputs, targets = inputs[..., None], targets[..., None]
     if inputs.shape[:-1] != targets.shape[:-1]:
         raise InputError(f"expected one grid in {str(path)!r}, got {inputs.shape} and {targets.shape}")
-    found = []
-    for name, array in (("inputs", inputs), ("targets", targets)):
-        if not (np.issubdtype(array.dtype, np.floating) or array.dtype == bool):
-            raise InputError(f"expected real floating-point {name} in {str(path)!r}, got {array.dtype}")
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise InputError(f"expected finite {name} in {str(path)!r}, got NaN or infinity")
-        found.append(array)
-    return Fields(*found, path.name, sha256(path), frames, about)
+    inputs, targets = _finite("inputs", inputs, path), _finite("targets", targets, path)
+    return Fields(inputs, targets, path.name, sha256(path), frames, about)
+
+
+def _finite(name: str, array: np.ndarray, path: Path) -> np.ndarray:
+    """float32, of floats (or masks) that are finite."""
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype == bool):
+        raise InputError(f"expected real floating-point {name} in {str(path)!r}, got {array.dtype}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"expected finite {name} in {str(path)!r}, got NaN or infinity")
+    return array
 
 
 def _has_channels(array: np.ndarray) -> bool:
     """A last axis that is much shorter than the grid's is one of channels."""
-    return array.ndim > 2 and array.shape[-1] <= 8 < min(array.shape[1:-1])
+    return array.ndim > 2 and array.shape[-1] <= 8 and 2 * array.shape[-1] <= min(array.shape[1:-1])
 
 
 def _windows(frames: np.ndarray, context: int, step: int, path: Path, hashed: bool = True) -> Fields:

@@ -54,7 +54,7 @@ class Operator(nnx.Module):
 
         self.check_fields(fields)
         channels = jnp.asarray(coordinates(fields.shape[1:-1], self.config.grid), fields.dtype)
-        return jnp.concatenate([fields, jnp.broadcast_to(channels, (len(fields), *channels.shape))], -1)
+        return jnp.concatenate([fields, jnp.broadcast_to(channels, (fields.shape[0], *channels.shape))], -1)
 
     def parameters(self) -> int:
         """How many real numbers are trained."""

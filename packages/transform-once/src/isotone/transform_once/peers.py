@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import math
 import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from isotone.shared.errors import InputError
@@ -67,12 +68,13 @@ class NeuralopTrainer:
         self.model.train()
         for _ in range(epochs):
             order = torch.randperm(len(self.x), generator=self.generator).to(self.device)
+            shares = (self.epoch + np.arange(self.batches) / self.batches) / total
+            rates = config.lr * np.asarray(config.rate(jnp.asarray(shares))) * np.ones(self.batches)
             losses = []
             for number in range(self.batches):
                 rows = order[number * config.batch_size : (number + 1) * config.batch_size]
-                share = (self.epoch + number / self.batches) / total
                 for group in self.optimizer.param_groups:
-                    group["lr"] = config.lr * config.factor ** math.floor(share / config.every + 1e-6)
+                    group["lr"] = float(rates[number])
                 y = self.y[rows].flatten(1)
                 gap = self.model(self.x[rows]).flatten(1) - y
                 loss = (gap.norm(dim=1) / y.norm(dim=1)).mean()
@@ -94,8 +96,6 @@ class NeuralopTrainer:
 
     def seconds_per_epoch(self, epochs: int = 2) -> float:
         """The median of some epochs, undone afterwards."""
-        import copy
-
         kept = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.generator.get_state()))
         epoch, times = self.epoch, []
         for _ in range(epochs):

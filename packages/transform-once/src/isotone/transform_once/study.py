@@ -7,11 +7,9 @@ validation split that neither training nor the table sees. Seconds are those of 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,6 +35,7 @@ class Arm:
     like: FNOConfig | None = None
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What a study needs of a trainer."""
 
@@ -85,13 +84,17 @@ def trained(
     *,
     seconds: float | None = None,
     device: str = "cpu",
+    frames: np.ndarray | None = None,
+    order: int = 0,
 ) -> dict[str, Any]:
     """Train one arm for so many `seconds`, or for the recipe's epochs: a row of the table.
 
     `error`: mean relative L2 on `test`; `curve`: (seconds, error) on the way; `above`: the least ratio of a sample's
-    error to the irreducible one, where the arm is truncated.
+    error to the irreducible one, where the arm is truncated; `rollout`: errors on test trajectories `frames` (B, T,
+    ..), by step.
     """
     made = runner(arm, train, recipe, device)
+    errors = np.zeros(0)
     compile_seconds = made.warm_up()
     epoch_seconds = made.seconds_per_epoch()
     total = max(1, int(seconds / epoch_seconds)) if seconds is not None else recipe.epochs
@@ -109,6 +112,10 @@ def trained(
     row = {"arm": arm.name, "seed": recipe.seed, "lr": recipe.lr, "error": curve[-1][1], "curve": curve}
     row |= {"train": float(losses[-1]), "epochs": done, "seconds": spent, "epoch_seconds": epoch_seconds}
     row["compile_seconds"] = compile_seconds
+    if recipe.seed == 0:
+        row["sample"] = made.predict(test.inputs[:1])[0].astype(float).round(5).tolist()
+    if frames is not None:
+        row["rollout"] = rolled(made, frames, order)
     if isinstance(arm.config, T1Config):
         floor = modes.irreducible_error(test.targets, arm.config.axes_modes)
         real = arm.config.transform == "dct" and not arm.config.keep_high
@@ -132,14 +139,11 @@ def tuned(
     return {"arm": arm.name, "lr": best["lr"], "errors": {str(row["lr"]): row["error"] for row in rows}}
 
 
-def mean(rows: Sequence[Mapping[str, Any]], arm: str, what: str = "error") -> float | None:
-    """Mean over an arm's seeds, None where it was not run."""
-    found = [row[what] for row in rows if row["arm"] == arm]
-    return statistics.mean(found) if found else None
-
-
-def ratios(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> list[float]:
-    """error of `ours` over that of `theirs`, seed by seed."""
-    each = {(row["arm"], row["seed"]): row["error"] for row in rows}
-    seeds = sorted({row["seed"] for row in rows if row["arm"] == ours})
-    return [each[ours, seed] / each[theirs, seed] for seed in seeds if (theirs, seed) in each]
+def rolled(made: Any, frames: np.ndarray, order: int) -> dict[str, float]:
+    """Mean relative L2 of predicted frames by step, from the first two frames of each trajectory (B, T, ..)."""
+    window, found = [frames[:, 0], frames[:, 1]], {}
+    for step in range(1, frames.shape[1] - 1):
+        given = made.predict(np.concatenate(window, -1))
+        window = [window[1], window[1] + given if order == 1 else given]
+        found[str(step)] = float(metrics.relative_l2(window[1], frames[:, step + 1]).mean())
+    return found
