@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone transform-once bench` runs. FILL"""
+"""Side by side with the peers: `isotone transform-once bench`."""
