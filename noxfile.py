@@ -207,7 +207,8 @@ def _extras(name: str) -> list[str]:
 @package
 def reproduce(session: nox.Session, name: str) -> None:
     """Measure one paper's claims (`-- --scale gpu` for another scale) and keep the results."""
-    _sync(session, name, "--group", "test")
+    # the peers too: some claims are held against them
+    _sync(session, name, "--group", "test", "--group", "bench")
     _keep(session, name, "reproduce", *(session.posargs or ["--scale", "cpu"]))
 
 
