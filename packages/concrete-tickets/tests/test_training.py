@@ -101,6 +101,8 @@ def test_spans_add_up_and_the_loss_falls():
     second = train(toy.TRAINER, first.params, DATA, first=2, optimizer=first.optimizer)
     assert np.allclose(whole.params["l0"]["kernel"], second.params["l0"]["kernel"], atol=1e-6)
     assert whole.losses[-1] < whole.losses[0] and len(second.losses) == 2
+    none = train(toy.TRAINER, PARAMS, DATA, last=0)
+    assert np.array_equal(none.params["l0"]["kernel"], PARAMS["l0"]["kernel"]) and len(none.losses) == 0
     mean = dataclasses.replace(toy.RECIPE, reduction="mean", clip=None, warmup=2)
     assert train(Trainer(toy.apply, mean), PARAMS, DATA).losses[-1] < whole.losses[0]
     assert float(mean.rate(0)) == pytest.approx(0.05) and float(mean.rate(3)) == pytest.approx(0.001)
