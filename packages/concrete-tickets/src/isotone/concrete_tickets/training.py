@@ -152,7 +152,7 @@ def train(
         return state
 
     def identity() -> dict[str, Any]:
-        arrays = {"weights, ticket, data or key": fingerprint(params, masks, inputs, labels, key)}
+        arrays = {"weights, ticket, optimizer, data or key": fingerprint(params, masks, optimizer, inputs, labels, key)}
         losses = np.zeros(recipe.epochs, np.float32)
         text = program_text(
             functools.partial(_run, trainer),
