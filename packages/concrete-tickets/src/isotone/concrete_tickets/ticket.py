@@ -150,9 +150,11 @@ class Ticket:
         return Layout(tuple(self.masks), tuple(tuple(mask.shape) for mask in self.masks.values()), self.structure)
 
     def invert(self, scores: Masks) -> Ticket:
-        """As many weights, those with the LOWEST scores (sanity check b). Raises `InputError` on scores of others."""
-        self._layout().check(scores)
-        return Ticket.from_scores(scores, None, lowest=True, warn=False, count=self.kept)
+        """As many weights, those with the LOWEST scores (sanity check b); of whole groups at most as many, by the mean
+        of their scores; of N:M the N lowest of each M. Raises `InputError` on scores of others."""
+        layout = self._layout()
+        means = layout.flatten({name: np.asarray(score) for name, score in scores.items()}) / np.asarray(layout.sizes())
+        return Ticket._of(layout, layout.select(-means, None, self.kept), warn=False)
 
     def to_bcoo(self, params: Params) -> dict[str, Any]:
         """The kept weights of each leaf as `jax.experimental.sparse.BCOO`, with exactly as many entries."""
