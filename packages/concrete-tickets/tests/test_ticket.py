@@ -162,6 +162,7 @@ def test_files_round_trip(tmp_path):
     path = ticket.save(tmp_path / "ticket.safetensors")
     back = Ticket.load(path)
     assert list(back.masks) and all(np.array_equal(back.masks[n], m) for n, m in ticket.masks.items())
+    assert len({ticket.save(path).read_bytes() for _ in range(12)}) == 1, "the same ticket is the same file"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(InputError, match="torn"):
         Ticket.load(path)
