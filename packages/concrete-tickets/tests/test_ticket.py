@@ -1,7 +1,5 @@
 """Masks over pytrees, exact counts, what tickets can do, and files."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +9,9 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotone.concrete_tickets import LayerCollapse, Ticket, from_torch, prunable, prune_torch, search
-from isotone.concrete_tickets.layout import Layout, default_kernels, kept_count, leaf_name, masked, named_weights, top_k
-from isotone.concrete_tickets.models import make_model
+from isotone.concrete_tickets import LayerCollapse, Ticket, prunable, search
+from isotone.concrete_tickets.layout import Layout, default_kernels, kept_count, leaf_name, masked, top_k
 from isotone.concrete_tickets.ticket import random_reinitialise
-from isotone.concrete_tickets.torch_masks import from_torch_order, to_torch_order, torch_state
 from isotone.shared.errors import InputError
 
 
@@ -123,7 +119,10 @@ def test_structure_outlives_shuffles_and_files(structure, tmp_path):
     shuffled = ticket.shuffle_layers(jax.random.key(1))
     assert shuffled.layer_densities() == ticket.layer_densities() and shuffled.structure == structure
     assert any(not np.array_equal(shuffled.masks[n], ticket.masks[n]) for n in scores)
-    for mask in map(np.asarray, shuffled.masks.values()):
+    inverted = ticket.invert(scores)
+    assert inverted.kept == ticket.kept
+    assert not any((inverted.masks[n] & ticket.masks[n]).any() for n in scores), "half of all, the other half"
+    for mask in map(np.asarray, [*shuffled.masks.values(), *inverted.masks.values()]):
         if structure == "2:4":
             assert (mask.reshape(2, 4, 8).sum(1) == 2).all()
         else:
@@ -163,6 +162,7 @@ def test_files_round_trip(tmp_path):
     path = ticket.save(tmp_path / "ticket.safetensors")
     back = Ticket.load(path)
     assert list(back.masks) and all(np.array_equal(back.masks[n], m) for n, m in ticket.masks.items())
+    assert len({ticket.save(path).read_bytes() for _ in range(12)}) == 1, "the same ticket is the same file"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(InputError, match="torn"):
         Ticket.load(path)
@@ -170,68 +170,14 @@ def test_files_round_trip(tmp_path):
         Ticket.load(tmp_path / "missing")
     from safetensors.numpy import save_file
 
+    # a file of before structures were kept
+    facts = {"format": "isotone-ticket-1", "shapes": '{"a": [2, 3]}'}
+    save_file({"a": np.packbits([True, False, True, True, False, False])}, tmp_path / "old", facts)
+    old = Ticket.load(tmp_path / "old")
+    assert old.structure == "weight" and old.masks["a"].tolist() == [[True, False, True], [True, False, False]]
     save_file({"a": np.ones(3)}, tmp_path / "other")
     with pytest.raises(InputError, match="another file"):
         Ticket.load(tmp_path / "other")
-
-
-def test_lenet_in_torch_is_ours():
-    """Weights exported by name and order, in a torch network with batch statistics: the same logits."""
-    torch = pytest.importorskip("torch")
-    network = make_model("lenet", (8, 8, 1), 10)
-    params = network.init(jax.random.key(0))
-    params["norms"][0]["bias"] = jnp.arange(6) / 5
-    leaves = {name: np.asarray(leaf) for name, leaf in named_weights(params, lambda name, leaf: True).items()}
-    state = torch_state(leaves, {}, network.flattened)
-
-    class Theirs(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            conv = functools.partial(torch.nn.Conv2d, kernel_size=5, padding=2, bias=False)
-            self.convs = torch.nn.ModuleList([conv(1, 6), conv(6, 16)])
-            self.norms = torch.nn.ModuleList([torch.nn.BatchNorm2d(c, track_running_stats=False) for c in (6, 16)])
-            self.denses = torch.nn.ModuleList([torch.nn.Linear(a, b) for a, b in ((64, 120), (120, 84), (84, 10))])
-
-        def forward(self, x):
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = torch.nn.functional.max_pool2d(torch.relu(norm(conv(x))), 2)
-            x = x.flatten(1)
-            return self.denses[2](torch.relu(self.denses[1](torch.relu(self.denses[0](x)))))
-
-    theirs = Theirs()
-    theirs.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
-    x = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
-    found = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy()
-    assert np.allclose(found, network.apply(params, jnp.asarray(x)), atol=1e-4)
-
-
-def test_torch_round_trip():
-    torch = pytest.importorskip("torch")
-    scores = {
-        "conv/kernel": jax.random.normal(jax.random.key(0), (3, 3, 2, 4)),
-        "dense/kernel": jax.random.normal(jax.random.key(1), (5, 3)),
-    }
-    ticket = Ticket.from_scores(scores, 0.4)
-    module = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(2, 4, 3), "dense": torch.nn.Linear(5, 3)})
-    prune_torch(module, ticket)
-    assert int((module["dense"].weight == 0).sum()) == 15 - int(ticket.masks["dense/kernel"].sum())
-    back = from_torch(module)
-    assert all(np.array_equal(back.masks[n], m) for n, m in ticket.masks.items())
-    # the same function: torch's convolution at its masked weights is jax's at ours
-    kernel = jax.random.normal(jax.random.key(2), (3, 3, 2, 4)) * ticket.masks["conv/kernel"]
-    x = jax.random.normal(jax.random.key(3), (1, 6, 6, 2))
-    ours = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    weight = torch.from_numpy(to_torch_order(kernel))
-    theirs = torch.nn.functional.conv2d(torch.from_numpy(np.array(x).transpose(0, 3, 1, 2)), weight)
-    assert np.allclose(np.asarray(ours).transpose(0, 3, 1, 2), theirs.numpy(), atol=1e-4)
-    assert np.array_equal(from_torch_order(to_torch_order(kernel)), kernel)
-    with pytest.raises(InputError, match="dense.weight"):
-        prune_torch(torch.nn.ModuleDict({"conv": torch.nn.Conv2d(2, 4, 3)}), ticket)
-    with pytest.raises(InputError, match="shape"):
-        wrong = {"conv": torch.nn.Conv2d(2, 4, 3), "dense": torch.nn.Linear(6, 3)}
-        prune_torch(torch.nn.ModuleDict(wrong), ticket)
-    with pytest.raises(InputError, match="without a mask"):
-        from_torch(torch.nn.Linear(2, 2))
 
 
 def test_density_one_is_the_dense_ticket():

@@ -71,36 +71,14 @@ def test_pruned_weights_are_exactly_zero_and_the_others_never_see_them(tx):
     assert np.array_equal(sparse, toy.apply(ticket.apply(PARAMS), DATA[0]))
 
 
-def test_training_is_torch_sgd():
-    """Six steps of clip, decay, momentum and the falling rate, against torch's own optimizer."""
-    torch = pytest.importorskip("torch")
-    recipe = Recipe(epochs=6, batch_size=64, milestones=(0.5,), lr=0.05)
-    ours = train(Trainer(toy.apply, recipe), PARAMS, DATA)
-    weights = [torch.tensor(np.asarray(PARAMS[f"l{i}"][k]), requires_grad=True) for i in range(3)
-               for k in ("kernel", "bias")]  # fmt: skip
-    optimizer = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=5e-4)
-    x, y = torch.tensor(np.asarray(DATA[0])), torch.tensor(np.asarray(DATA[1])).long()
-    for epoch in range(6):
-        optimizer.param_groups[0]["lr"] = 0.05 * (0.1 if epoch >= 3 else 1)
-        z = x
-        for i in range(3):
-            z = z @ weights[2 * i] + weights[2 * i + 1]
-            z = torch.relu(z) if i < 2 else z
-        loss = torch.nn.functional.cross_entropy(z, y, reduction="sum")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 2.0)
-        optimizer.step()
-        assert np.isclose(ours.losses[epoch], loss.item() / 64, rtol=1e-4)
-    assert np.allclose(ours.params["l1"]["kernel"], weights[2].detach().numpy(), atol=1e-5)
-
-
 def test_spans_add_up_and_the_loss_falls():
     whole = train(toy.TRAINER, PARAMS, DATA)
     first = train(toy.TRAINER, PARAMS, DATA, last=2)
     second = train(toy.TRAINER, first.params, DATA, first=2, optimizer=first.optimizer)
     assert np.allclose(whole.params["l0"]["kernel"], second.params["l0"]["kernel"], atol=1e-6)
     assert whole.losses[-1] < whole.losses[0] and len(second.losses) == 2
+    none = train(toy.TRAINER, PARAMS, DATA, last=0)
+    assert np.array_equal(none.params["l0"]["kernel"], PARAMS["l0"]["kernel"]) and len(none.losses) == 0
     mean = dataclasses.replace(toy.RECIPE, reduction="mean", clip=None, warmup=2)
     assert train(Trainer(toy.apply, mean), PARAMS, DATA).losses[-1] < whole.losses[0]
     assert float(mean.rate(0)) == pytest.approx(0.05) and float(mean.rate(3)) == pytest.approx(0.001)
@@ -168,6 +146,9 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in leaves) and np.array_equal(whole.losses, again.losses)
     with pytest.raises(InputError, match="other weights, ticket"):
         train(toy.TRAINER, PARAMS, DATA, checkpoint=tmp_path / "b")
+    with pytest.raises(InputError, match="other weights, ticket, optimizer"):
+        other = jax.tree.map(jnp.ones_like, whole.optimizer)
+        train(toy.TRAINER, PARAMS, DATA, ticket=ticket, optimizer=other, checkpoint=tmp_path / "b")
     fresh = train(toy.TRAINER, PARAMS, DATA, checkpoint=tmp_path / "b", resume=False)
     assert not np.array_equal(fresh.params["l0"]["kernel"], whole.params["l0"]["kernel"])
 

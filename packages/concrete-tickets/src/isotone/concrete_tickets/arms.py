@@ -27,10 +27,10 @@ import jax
 from jax import Array
 
 from isotone.concrete_tickets import baselines, lottery
-from isotone.concrete_tickets.batches import accuracy
-from isotone.concrete_tickets.images import Images
+from isotone.concrete_tickets.batches import accuracy, check_data
+from isotone.concrete_tickets.images import Images, load_images
 from isotone.concrete_tickets.layout import Params, kept_count, named_weights
-from isotone.concrete_tickets.models import Model
+from isotone.concrete_tickets.models import Model, make_model
 from isotone.concrete_tickets.objectives import OBJECTIVES, Batch, Network, resolve_objective
 from isotone.concrete_tickets.search import SearchConfig, SearchResult, search
 from isotone.concrete_tickets.ticket import LayerCollapse, Ticket
@@ -141,6 +141,16 @@ class Experiment:
     def __post_init__(self) -> None:
         if not 0 <= self.rewind < self.recipe.epochs:
             raise InputError(f"expected a rewind epoch from 0 to {self.recipe.epochs - 1}, got {self.rewind}")
+
+    @classmethod
+    def load(
+        cls, data: str, model: str, recipe: Recipe, rewind: int = 3, config: SearchConfig | None = None
+    ) -> Experiment:
+        """The network called `model` on the data that `data` names (images.py)."""
+        images = load_images(data)
+        check_data(images.train, recipe.batch_size, images.classes)
+        network = make_model(model, images.shape, images.classes)
+        return cls(images, network, recipe, rewind, config or SearchConfig())
 
     @functools.cached_property
     def trainer(self) -> Trainer:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +14,13 @@ import numpy as np
 import typer
 
 from isotone.concrete_tickets import bench as benchmark
+from isotone.concrete_tickets import folder as runs
 from isotone.concrete_tickets import lottery, plots
 from isotone.concrete_tickets import reproduce as reproduction
-from isotone.concrete_tickets.arms import Arm, Experiment, Start
-from isotone.concrete_tickets.batches import check_data
-from isotone.concrete_tickets.images import FORMS, load_images
-from isotone.concrete_tickets.layout import Layout, kept_count, named_weights
-from isotone.concrete_tickets.models import make_model
+from isotone.concrete_tickets.arms import Arm, Experiment
+from isotone.concrete_tickets.images import FORMS
+from isotone.concrete_tickets.layout import Layout, named_weights
 from isotone.concrete_tickets.objectives import OBJECTIVES, resolve_objective
-from isotone.concrete_tickets.resume import fingerprint
 from isotone.concrete_tickets.sanity import sanity_check
 from isotone.concrete_tickets.search import SearchConfig
 from isotone.concrete_tickets.study import Study
@@ -32,7 +28,7 @@ from isotone.concrete_tickets.ticket import Ticket
 from isotone.concrete_tickets.torch_masks import torch_state
 from isotone.concrete_tickets.training import Recipe
 from isotone.concrete_tickets.training import train as train_network
-from isotone.concrete_tickets.weights import load_arrays, load_metadata, load_weights, save_weights
+from isotone.concrete_tickets.weights import load_arrays, load_weights, save_weights
 from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import ArmLog, Report
@@ -84,13 +80,14 @@ def search(
             parametrization=parametrization,
         )
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
-        experiment = _experiment(data, model, recipe, rewind if when == "rewind" else 0, config)
+        experiment = Experiment.load(data, model, recipe, rewind if when == "rewind" else 0, config)
         seed = _one_seed(run)
         wanted = None if ":" in structure else density
         _count(experiment, wanted, structure)
         told = {"method": "search", "density": wanted, "objective": objective, "search": dataclasses.asdict(config)}
-        settings = {**_settings(experiment, data, model, seed), **told}
-        start = _start(experiment, seed, run, settings)
+        settings = runs.settings_of(experiment, data, model, seed, **told)
+        runs.begin(run.out, settings, run.resume)
+        start = experiment.start(seed)
         begin = time.perf_counter()
         arm = Arm("cts", objective)
         with progress.bar("search", quiet=run.silent):
@@ -101,11 +98,9 @@ def search(
                 resume=run.resume,
             )
         seconds = time.perf_counter() - begin
-        _write_run(run.out, settings, start, result.ticket)
-        save_weights(run.out / "logits.safetensors", result.logits, {"ticket": _digest(result.ticket)})
         history = {name: values.tolist() for name, values in result.history.items()}
-        _write_json(run.out / "history.json", history)
-        return _said(run, result.ticket, {"arm": f"cts:{objective}", "seconds": round(seconds, 2)})
+        runs.finish(run.out, settings, start.rewind, result.ticket, result.logits, history)
+        return _said(run, result.ticket, {"arm": f"cts:{objective}", "seconds of this call": round(seconds, 2)})
 
 
 @verb(app)
@@ -126,18 +121,14 @@ def ltr(
     with _on(run.device):
         _check_when(when, 1)
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
-        experiment = _experiment(data, model, recipe, rewind if when == "rewind" else 0, SearchConfig())
+        experiment = Experiment.load(data, model, recipe, rewind if when == "rewind" else 0)
         _count(experiment, density)
         total = lottery.rounds_to(density, keep)
         seed = _one_seed(run)
-        told = {"method": "ltr", "density": density, "keep": keep}
-        settings = {**_settings(experiment, data, model, seed), **told}
-        start = _start(experiment, seed, run, settings)
+        settings = runs.settings_of(experiment, data, model, seed, method="ltr", density=density, keep=keep)
+        runs.begin(run.out, settings, run.resume)
+        start = experiment.start(seed)
         folder = run.out / "rounds"
-        if not run.resume:
-            for path in folder.glob("round*"):
-                path.unlink()
-        begin = time.perf_counter()
         with progress.bar("rounds", total, run.silent) as bar:
 
             def train_fn(params: Any, ticket: Ticket) -> Any:
@@ -157,8 +148,8 @@ def ltr(
                 folder=folder,
                 identity={"training": experiment.said(), "first": experiment.rewind},
             )
-        _write_run(run.out, settings, start, tickets[-1])
-        seconds = time.perf_counter() - begin
+        runs.finish(run.out, settings, start.rewind, tickets[-1])
+        seconds = lottery.round_seconds(folder)
         return _said(run, tickets[-1], {"arm": "ltr", "rounds": total, "seconds": round(seconds, 2)})
 
 
@@ -171,8 +162,8 @@ def train(
     """Train the ticket of a folder from its rewind weights; resumes where it was killed."""
     with _on(run.device):
         _check_when("rewind", checkpoint_every)
-        experiment, start, ticket = _opened(folder)
-        ticket.check(start.rewind)
+        opened = runs.open_run(folder)
+        experiment, start, ticket = opened.experiment, opened.start, opened.ticket
         out = _out(run, folder)
         trained = train_network(
             *(experiment.trainer, start.rewind, experiment.data),
@@ -183,7 +174,7 @@ def train(
             checkpoint_every=checkpoint_every,
             resume=run.resume,
         )
-        save_weights(out / "sparse.safetensors", trained.params, {"ticket": _digest(ticket)})
+        save_weights(out / "sparse.safetensors", trained.params, {"run": opened.stamp})
         return {
             "test accuracy (%)": round(100 * experiment.evaluate(trained.params), 2),
             "kept": f"{ticket.kept} of {ticket.total}",
@@ -195,9 +186,9 @@ def train(
 def sanity(run: Run, folder: RunFolder) -> dict:
     """Train a ticket and its changes: shuffled in each layer, inverted, and with weights drawn again."""
     with _on(run.device):
-        experiment, start, ticket = _opened(folder)
-        ticket.check(start.rewind)
-        logits = _own(folder / "logits.safetensors", ticket)
+        opened = runs.open_run(folder)
+        experiment, start, ticket = opened.experiment, opened.start, opened.ticket
+        logits = runs.own(folder / "logits.safetensors", opened.stamp)
         # a ticket of everything was not searched for, and has none
         scores = {n: jax.numpy.asarray(a) for n, a in (load_arrays(logits) if logits else {}).items()} or None
 
@@ -211,13 +202,13 @@ def sanity(run: Run, folder: RunFolder) -> dict:
             {"arm": name, "density": ticket.density, "layers": t.layer_densities()}
             for name, t in {"ticket": ticket, **report.tickets}.items()
         ]
-        plots.layer_densities(rows, ticket.density).savefig(out / "layers.png", dpi=120)
+        plots.layer_densities(rows, ticket.density).savefig(out / "sanity.png", dpi=120)
         passed = report.passed()
         found = {"ticket (%)": round(100 * report.accuracy, 2)}
         for name, value in report.changed.items():
             words = "passed: the change hurts" if passed[name] else "not passed"
             found[f"{name} (%)"] = f"{100 * value:.2f}, {words}"  # type: ignore[assignment]
-        _write_json(out / "sanity.json", {"ticket": report.accuracy, **report.changed})
+        runs.write_json(out / "sanity.json", {"ticket": report.accuracy, **report.changed})
         return found
 
 
@@ -243,14 +234,14 @@ def compare(
         densities = _densities(density)
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
         config = SearchConfig(epochs=search_epochs, batch_size=batch_size)
-        experiment = _experiment(data, model, recipe, rewind, config)
+        experiment = Experiment.load(data, model, recipe, rewind, config)
         for value in densities:
             _count(experiment, value)
         identity = repr((experiment.recipe, experiment.config, experiment.rewind, experiment.model.name))
         log = ArmLog(run.out, {"data": experiment.images.sha256, "config": identity}, run.resume)
         rows = Study(experiment, log, run).rows(names, densities, run.seeds or (0,))
         run.out.mkdir(parents=True, exist_ok=True)
-        _write_json(run.out / "compare.json", rows)
+        runs.write_json(run.out / "compare.json", rows)
         plots.accuracy_against_density(rows).savefig(run.out / "accuracy-density.png", dpi=120)
         plots.accuracy_against_time(rows, densities[-1]).savefig(run.out / "accuracy-time.png", dpi=120)
         plots.layer_densities(rows, densities[-1]).savefig(run.out / "layers.png", dpi=120)
@@ -279,9 +270,10 @@ def export(
     with _on(run.device):
         if format not in ("npz", "safetensors", "torch"):
             raise InputError(f"expected --format to be npz, safetensors or torch, got {format!r}")
-        experiment, start, ticket = _opened(folder)
-        sparse = _own(folder / "sparse.safetensors", ticket)
-        params = load_weights(sparse, start.rewind) if sparse else ticket.apply(start.rewind)
+        opened = runs.open_run(folder)
+        experiment, rewind, ticket = opened.experiment, opened.start.rewind, opened.ticket
+        sparse = runs.own(folder / "sparse.safetensors", opened.stamp)
+        params = load_weights(sparse, rewind) if sparse else ticket.apply(rewind)
         out = _out(run, folder)
         out.mkdir(parents=True, exist_ok=True)
         leaves = named_weights(params, lambda name, leaf: True)
@@ -348,93 +340,9 @@ def _densities(text: str) -> list[float]:
         raise InputError(f"expected --density as numbers by commas such as 0.05,0.01, got {text!r}") from None
 
 
-def _experiment(data: str, model: str, recipe: Recipe, rewind: int, config: SearchConfig) -> Experiment:
-    images = load_images(data)
-    check_data(images.train, recipe.batch_size, images.classes)
-    network = make_model(model, images.shape, images.classes)
-    return Experiment(images, network, recipe, rewind, config)
-
-
 def _count(experiment: Experiment, density: float | None, structure: str = "weight") -> None:
     """Refuse what cannot be kept, before anything is trained."""
-    layout = Layout.of(experiment.model.shapes, experiment.model.where, structure)
-    if density is not None:
-        kept_count(density, layout.total)
-
-
-def _settings(experiment: Experiment, data: str, model: str, seed: int) -> dict[str, Any]:
-    recipe = {**vars(experiment.recipe), "milestones": list(experiment.recipe.milestones)}
-    images = {"data": data, "sha256": experiment.images.sha256}
-    return {**images, "model": model, "seed": seed, "rewind": experiment.rewind, "recipe": recipe}
-
-
-def _start(experiment: Experiment, seed: int, run: Run, settings: dict[str, Any]) -> Start:
-    """The rewind weights. Nothing is written yet; a folder of other settings is refused."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    path = run.out / "run.json"
-    if run.resume and path.exists():
-        stored, wanted = _read_json(path), json.loads(json.dumps(settings))
-        if other := next((name for name in wanted if stored.get(name) != wanted[name]), None):
-            raise InputError(f"expected a run of the same {other} in {str(run.out)!r}, use --fresh or another --out")
-    return experiment.start(seed)
-
-
-MADE = ("sparse", "logits", "model", "torch")
-"""Files that belong to one ticket, and go with it."""
-
-
-def _write_run(out: Path, settings: dict[str, Any], start: Start, ticket: Ticket) -> None:
-    """What `train`, `sanity` and `export` open; what was made of another ticket goes.
-
-    run.json, written last, says which ticket and weights it belongs to: a run that is killed in between is noticed.
-    """
-    path = out / "run.json"
-    mine = {"ticket": _digest(ticket), "weights": fingerprint(start.rewind)}
-    stored = _read_json(path).get("files") if path.exists() else None
-    if stored is not None and stored != mine:
-        path.unlink()
-        for name in (*(f"{kind}.safetensors" for kind in MADE), "history.json", "sanity.json", "dense.npz"):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints" / "train", ignore_errors=True)
-    ticket.save(out / "ticket.safetensors")
-    save_weights(out / "rewind.safetensors", start.rewind)
-    _write_json(path, {**settings, "files": mine})
-
-
-def _digest(ticket: Ticket) -> str:
-    return fingerprint({name: ticket.masks[name] for name in sorted(ticket.masks)})
-
-
-def _own(path: Path, ticket: Ticket) -> Path | None:
-    """`path` where it is there. Raises `InputError` where it was made of another ticket."""
-    if not path.exists():
-        return None
-    if load_metadata(path).get("ticket") != _digest(ticket):
-        raise InputError(f"expected {path.name} of the ticket beside it, got another's: run it again, or delete it")
-    return path
-
-
-def _opened(folder: Path) -> tuple[Experiment, Start, Ticket]:
-    """What `search` or `ltr` wrote."""
-    if not (folder / "run.json").is_file():
-        raise InputError(f"expected a folder of `search` or `ltr`, found no run.json in {str(folder)!r}")
-    settings = _read_json(folder / "run.json")
-    try:
-        recipe = Recipe(**{**settings["recipe"], "milestones": tuple(settings["recipe"]["milestones"])})
-        data, model, seed = settings["data"], settings["model"], settings["seed"]
-        experiment = _experiment(data, model, recipe, settings["rewind"], SearchConfig())
-    except (KeyError, TypeError):
-        raise InputError(f"expected the settings of a run, got another file: {str(folder / 'run.json')!r}") from None
-    if experiment.images.sha256 != settings["sha256"]:
-        raise InputError(f"expected the data that the ticket was found on, {data!r} has changed")
-    ticket = Ticket.load(folder / "ticket.safetensors")
-    path = folder / "rewind.safetensors"
-    if not path.exists():
-        raise InputError(f"expected the rewind checkpoint at {str(path)!r}, found no such file")
-    initial, rewind = experiment.model.init(jax.random.key(seed)), load_weights(path, experiment.model.shapes)
-    if settings.get("files") != {"ticket": _digest(ticket), "weights": fingerprint(rewind)}:
-        raise InputError(f"expected the ticket and weights of one run in {str(folder)!r}, got two runs': run it again")
-    return experiment, Start(initial, rewind, jax.random.fold_in(jax.random.key(seed), 1)), ticket
+    Layout.of(experiment.model.shapes, experiment.model.where, structure).check_density(density)
 
 
 def _out(run: Run, folder: Path) -> Path:
@@ -448,20 +356,6 @@ def _said(run: Run, ticket: Ticket, facts: dict[str, Any]) -> dict[str, Any]:
     kept = f"{ticket.kept} of {ticket.total} ({100 * ticket.density:.3g} %)"
     collapsed = {"collapsed": ", ".join(ticket.collapsed())} if ticket.collapsed() else {}
     return {**facts, "kept": kept, **layers, **collapsed, "written": str(run.out / "ticket.safetensors")}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"expected JSON, got a torn or other file: {str(path)!r}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"expected the settings of a run, got another file: {str(path)!r}")
-    return found
 
 
 def main() -> NoReturn:

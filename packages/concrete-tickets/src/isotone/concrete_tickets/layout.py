@@ -204,6 +204,23 @@ class Layout:
             if tuple(leaves[name].shape) != shape:
                 raise InputError(f"expected {name} of shape {shape}, got {tuple(leaves[name].shape)}")
 
+    def check_density(self, density: Any) -> float:
+        """The density to hold: for "N:M" it is N/M, which may also be given.
+
+        Raises `InputError` on one that is not in (0, 1], that keeps no weight, or no group of several.
+        """
+        if self.n_of_m is not None:
+            n, m = self.n_of_m
+            if density is not None and not math.isclose(density, n / m):
+                raise InputError(f"expected density {n / m:g} for structure {self.structure}, got {density}")
+            return n / m
+        if density is None:
+            raise InputError(f"expected a density for structure {self.structure!r}, got None")
+        count = kept_count(density, self.total)
+        if (smallest := min(self.group_sizes)) > count:
+            raise InputError(f"expected a density that keeps a group of {smallest} weights, got room for {count}")
+        return float(density)
+
     def select(
         self, scores: Array | np.ndarray, density: float | None, count: int | None = None
     ) -> Bool[np.ndarray, " groups"]:
@@ -216,10 +233,10 @@ class Layout:
         if bad := int(np.isnan(np.asarray(scores)).sum()):
             raise InputError(f"expected scores without NaN, got {bad} of {scores.size}")
         if self.n_of_m is not None:
-            return self._select_blocks(scores, *self.n_of_m, density)
+            self.check_density(density)
+            return self._select_blocks(scores, *self.n_of_m)
         if count is None:
-            if density is None:
-                raise InputError(f"expected a density for structure {self.structure!r}, got None")
+            self.check_density(density)
             count = kept_count(density, self.total)
         if self.structure == "weight":
             return top_k(scores, count)
@@ -233,9 +250,7 @@ class Layout:
         mask[order] = fits
         return mask
 
-    def _select_blocks(self, scores: Array | np.ndarray, n: int, m: int, density: float | None) -> np.ndarray:
-        if density is not None and not math.isclose(density, n / m):
-            raise InputError(f"expected density {n / m:g} for structure {self.structure}, got {density}")
+    def _select_blocks(self, scores: Array | np.ndarray, n: int, m: int) -> np.ndarray:
         parts = []
         for leaf in self.cut(np.asarray(scores, np.float32)).values():
             blocks = np.moveaxis(leaf, -2, -1).reshape(-1, m)

@@ -60,7 +60,8 @@ def imp(
     for number in range(1, total + 1):
         target = density if number == total else keep**number
         path = None if folder is None else Path(folder) / f"round-{number:03d}.safetensors"
-        if path is not None and path.exists():
+        # one without its seconds would count for nothing
+        if path is not None and path.exists() and path.with_suffix(".json").exists():
             ticket = Ticket.load(path)
             ticket.check(rewind_params)
         else:

@@ -90,7 +90,10 @@ SCALES = {
     "gpu": dataclasses.replace(
         _RESNET,
         seeds=(0,),
-        arms=("cts", "cts:kl+short", "ltr", *SNIPS, "synflow", "synflow@init", "magnitude", "random", "gmp"),
+        arms=(
+            *("cts", "cts:kl+short", "cts:kl+lagrangian", "ltr", *SNIPS, "synflow", "synflow@init"),
+            *("saliency:kl", "saliency:kl+100", "magnitude", "random", "gmp"),
+        ),
         curve=(),
         densities=(),
     ),

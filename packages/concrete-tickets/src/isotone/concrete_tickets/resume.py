@@ -43,7 +43,8 @@ def run_epochs(
         return advance(state, first, last)
     if every < 1:
         raise InputError(f"expected checkpoint_every to be at least 1, got {every}")
-    mine = json.loads(json.dumps(identity()))
+    # the text of a program, which identities hold, is that of one version
+    mine = json.loads(json.dumps({"jax version": jax.__version__, **identity()}))
     leaves, tree = jax.tree.flatten(state)
     with CheckpointStore(folder) as store:
         if not resume:

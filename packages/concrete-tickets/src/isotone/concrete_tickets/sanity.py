@@ -46,7 +46,7 @@ def sanity_check(
     ticket.check(params)
     shuffle_key, draw_key = (jax.random.fold_in(key, number) for number in (1, 2))
     tickets = {"shuffled": ticket.shuffle_layers(shuffle_key)}
-    if scores is not None:
+    if scores:
         tickets["inverted"] = ticket.invert(scores)
     changed = {name: evaluate(params, other) for name, other in tickets.items()}
     changed["reinitialised"] = evaluate(random_reinitialise(params, ticket.masks, draw_key), ticket)

@@ -27,7 +27,7 @@ from isotone.concrete_tickets import batches
 from isotone.concrete_tickets.batches import AXIS, check_mesh
 from isotone.concrete_tickets.concrete import TAU, check_relaxation, initial_logit, relaxed_mask
 from isotone.concrete_tickets.controllers import expected_density, global_norm, grad_balance, lagrangian
-from isotone.concrete_tickets.layout import Layout, Params, Where, default_kernels, kept_count, leaf_name, masked
+from isotone.concrete_tickets.layout import Layout, Params, Where, default_kernels, leaf_name, masked
 from isotone.concrete_tickets.noise import logistic_noise
 from isotone.concrete_tickets.objectives import (
     ApplyFn,
@@ -110,13 +110,7 @@ class SearchResult:
 
     def inverted(self) -> Ticket:
         """The ticket of as many weights with the LOWEST logits (of whole groups: at most as many)."""
-        if not self.logits:
-            return self.ticket
-        shapes = tuple(tuple(logits.shape) for logits in self.logits.values())
-        layout = Layout(tuple(self.logits), shapes, self.structure)
-        groups = layout.flatten({name: np.asarray(logits) for name, logits in self.logits.items()})
-        mask = layout.select(-groups / np.asarray(layout.sizes()), None, count=self.ticket.kept)
-        return Ticket(layout.expand_eagerly(mask), self.structure)
+        return self.ticket.invert(self.logits) if self.logits else self.ticket
 
 
 @dataclass(frozen=True, eq=True)
@@ -254,7 +248,7 @@ def search(
     many_densities = isinstance(density, (list, tuple, np.ndarray)) and np.ndim(density) == 1
     if many_densities and not len(density):  # type: ignore[arg-type]
         raise InputError("expected a density, got none")
-    targets = [_target(layout, d) for d in (density if many_densities else [density])]  # type: ignore[union-attr,arg-type]
+    targets = [layout.check_density(d) for d in (density if many_densities else [density])]  # type: ignore[union-attr,arg-type]
     check_mesh(mesh, config.batch_size)
     classes = batches.count_classes(apply_fn, one, data, prepare, mesh)
     inputs, labels = batches.check_data(data, config.batch_size, classes)
@@ -329,21 +323,6 @@ def _results(spec: SearchSpec, state: SearchState, history: Any, targets: Any) -
     return found
 
 
-def _target(layout: Layout, density: Any) -> float:
-    """The density to hold. For "N:M" it is N/M, which may also be given."""
-    if layout.n_of_m is not None:
-        n, m = layout.n_of_m
-        if density is not None and not math.isclose(density, n / m):
-            raise InputError(f"expected density {n / m:g} for structure {layout.structure}, got {density}")
-        return n / m
-    if density is None:
-        raise InputError(f"expected a density for structure {layout.structure!r}, got None")
-    count = kept_count(density, layout.total)
-    if (smallest := min(layout.group_sizes)) > count:
-        raise InputError(f"expected a density that keeps a group of {smallest} weights, got room for {count}")
-    return float(density)
-
-
 def _typed(key: Array) -> Array:
     """A key () or several (S,), also where they came as raw numbers."""
     if not isinstance(key, (jax.Array, np.ndarray)):
@@ -381,12 +360,18 @@ def _check_objective(spec: SearchSpec, params: Params, inputs: Any, labels: Arra
     if isinstance(spec.objective, str):
         return
     axis = None if spec.mesh is None else AXIS
-    names = spec.layout.names
+    names, shapes = spec.layout.names, spec.layout.shapes
+    # at masks of a half: a distance to the dense network is 0 at the dense one, on every device
+    half = {name: np.full(shape, 0.5, np.float32) for name, shape in zip(names, shapes, strict=True)}
 
     def values(params: Params, inputs: Any, labels: Array) -> Array:
         batch = Batch(spec.inputs(inputs), labels)
-        made = [Network(spec.apply_fn, params, names, spec.features_fn, axis) for _ in range(2)]
-        return jnp.asarray(objective(made[0], made[1], batch, jax.random.key(0)))[None]
+        weights = masked(params, half), params
+        made = [Network(spec.apply_fn, w, names, spec.features_fn, axis) for w in weights]
+        value = objective(made[0], made[1], batch, jax.random.key(0))
+        if not (hasattr(value, "shape") or isinstance(value, (int, float))):
+            raise InputError(f"expected an objective that gives a scalar, got {type(value).__name__}")
+        return jnp.asarray(value)[None]
 
     size = spec.config.batch_size
     arguments = params, inputs[:size], labels[:size]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +30,11 @@ class Study:
         self.experiment, self.log, self.run, self.objectives = experiment, log, run, tuple(objectives)
         self._starts: dict[int, Start] = {}
         self._warm: set[str] = set()
+        text = json.dumps(log.config, sort_keys=True)
+        self._rounds = run.out / "rounds" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not run.resume:
+            # all of them at once: a fresh study that is killed must not go on with the rounds of the one before
+            shutil.rmtree(self._rounds, ignore_errors=True)
 
     def rows(self, arms: Sequence[str], densities: Sequence[float], seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Every arm at every density on every seed, as JSON rows: arm, density, seed, and `Outcome.summary`'s.
@@ -85,9 +92,7 @@ class Study:
             self._warm.add(arm)
         folder = None
         if Arm.parse(arm).method == "ltr" and experiment.recipe.epochs * len(experiment.data[1]) > FILES_OVER:
-            folder = self.run.out / "rounds" / f"{arm.replace(':', '-')}-{density:.6g}-{seed}"
-            if not self.run.resume:
-                shutil.rmtree(folder, ignore_errors=True)
+            folder = self._rounds / f"{arm.replace(':', '-')}-{density:.6g}-{seed}"
         outcome = experiment.run(arm, density, seed, start, folder)
         values = {}
         if self.objectives:

@@ -150,9 +150,11 @@ class Ticket:
         return Layout(tuple(self.masks), tuple(tuple(mask.shape) for mask in self.masks.values()), self.structure)
 
     def invert(self, scores: Masks) -> Ticket:
-        """As many weights, those with the LOWEST scores (sanity check b). Raises `InputError` on scores of others."""
-        self._layout().check(scores)
-        return Ticket.from_scores(scores, None, lowest=True, warn=False, count=self.kept)
+        """As many weights, those with the LOWEST scores (sanity check b); of whole groups at most as many, by the mean
+        of their scores; of N:M the N lowest of each M. Raises `InputError` on scores of others."""
+        layout = self._layout()
+        means = layout.flatten({name: np.asarray(score) for name, score in scores.items()}) / np.asarray(layout.sizes())
+        return Ticket._of(layout, layout.select(-means, None, self.kept), warn=False)
 
     def to_bcoo(self, params: Params) -> dict[str, Any]:
         """The kept weights of each leaf as `jax.experimental.sparse.BCOO`, with exactly as many entries."""
@@ -176,8 +178,9 @@ class Ticket:
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"format": _FORMAT, "shapes": json.dumps(shapes), "structure": self.structure}
-            atomic_write(path, save(packed, facts))
+            facts = {"format": _FORMAT, "shapes": shapes, "structure": self.structure}
+            # in one entry: several are written in an order of their own in every process
+            atomic_write(path, save(packed, {"ticket": json.dumps(facts)}))
         except OSError as error:
             raise InputError(f"expected to write a ticket to {str(path)!r}, got {error.strerror}") from None
         return path
@@ -193,11 +196,12 @@ class Ticket:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                # files of before: an entry for each fact, and no structure
+                old = {**metadata, "shapes": json.loads(metadata.get("shapes", "{}"))}
+                facts = json.loads(metadata["ticket"]) if "ticket" in metadata else old
+                if facts.get("format") != _FORMAT:
                     raise InputError(f"expected a ticket ({_FORMAT}), got another file: {str(path)!r}")
-                shapes = json.loads(metadata["shapes"])
-                # files of before structures were kept
-                structure = metadata.get("structure", "weight")
+                shapes, structure = facts["shapes"], facts.get("structure", "weight")
                 bits = {name: np.unpackbits(file.get_tensor(name)) for name in shapes}
                 masks = {
                     name: jax.device_put(bits[name][: math.prod(shape)].astype(bool).reshape(shape))

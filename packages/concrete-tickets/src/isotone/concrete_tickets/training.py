@@ -145,13 +145,14 @@ def train(
     order = np.zeros((recipe.epochs, len(labels) // recipe.batch_size, recipe.batch_size), np.int32)
 
     def advance(state: Any, epoch: int, stop: int) -> Any:
-        order[epoch:stop] = [batches.epoch_order(key, n, len(labels), recipe.batch_size) for n in range(epoch, stop)]
+        for number in range(epoch, stop):
+            order[number] = batches.epoch_order(key, number, len(labels), recipe.batch_size)
         state = _run(trainer, state, masks, inputs, labels, order, key, epoch, stop)
         _check_losses(state[2], epoch, stop)
         return state
 
     def identity() -> dict[str, Any]:
-        arrays = {"weights, ticket, data or key": fingerprint(params, masks, inputs, labels, key)}
+        arrays = {"weights, ticket, optimizer, data or key": fingerprint(params, masks, optimizer, inputs, labels, key)}
         losses = np.zeros(recipe.epochs, np.float32)
         text = program_text(
             functools.partial(_run, trainer),
