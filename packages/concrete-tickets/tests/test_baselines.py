@@ -161,6 +161,8 @@ def test_imp_rewinds_prunes_and_resumes(tmp_path):
         prune_magnitude(jax.tree.map(lambda x: x * jnp.nan, PARAMS), tickets[0], 0.2)
     with pytest.raises(InputError, match="other weights"):
         imp(watched, toy.params(5), 0.3, keep=0.6, folder=tmp_path)
+    with pytest.raises(InputError, match="other leaves"):
+        imp(watched, PARAMS, 0.3, keep=0.6, folder=tmp_path, where=lambda name, leaf: name == "l0/kernel")
     with pytest.raises(InputError, match="other training"):
         imp(watched, PARAMS, 0.3, keep=0.6, folder=tmp_path, identity={"epochs": 9})
 

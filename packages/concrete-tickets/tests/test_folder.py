@@ -35,6 +35,10 @@ def test_a_folder_holds_one_run(tmp_path, monkeypatch, run):
     for other in (["ltr", *SMALL, "--when", "init", "--out", "run"], [*SEARCH, "--objective", "loss"]):
         refused = run(*other)
         assert refused.code == 2 and "--fresh" in refused.stderr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text("{}")
+    refused = run("train", "run", "--out", "other")
+    assert refused.code == 2 and "another run" in refused.stderr
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     # from the initial weights another rate finds the same ticket, and trains it to other weights
     changed = [*SEARCH, "--lr", "0.2"]

@@ -192,6 +192,12 @@ def test_batch_statistics_and_several_searches_on_four_devices():
     b = search(four, params, DATA, [0.1, 0.2], config=config, mesh=mesh)
     for x, y in zip(a, b, strict=True):
         assert np.allclose(x.history["objective"], y.history["objective"], rtol=1e-4)
+    # several densities and several keys: those of each alone
+    keys = jax.random.split(jax.random.key(5), 2)
+    many = search(four, params, DATA, [0.1, 0.2], config=config, mesh=mesh, key=keys)
+    alone = [search(one, params, DATA, d, config=config, key=k) for d in (0.1, 0.2) for k in keys]
+    for x, y in zip(many, alone, strict=True):
+        assert np.allclose(x.history["objective"], y.history["objective"], rtol=1e-4)
     with pytest.raises(InputError, match="batches"):
         search(one, params, DATA, 0.1, config=config, cache_dense="examples")
 

@@ -278,6 +278,9 @@ def test_files_that_are_no_data(tmp_path):
     np.save(tmp_path / "one.npy", np.ones(3))
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20, object), y=np.zeros(20, int))
     np.savez(tmp_path / "words.npz", x=np.array(["a"] * 20), y=np.zeros(20, int))
+    np.savez(tmp_path / "label.npz", x=np.ones((20, 2)), y=np.r_[np.zeros(19, int), 10**9])
+    np.savez(tmp_path / "empty.npz", x=np.ones((20, 0)), y=np.zeros(20, int))
+    np.savez(tmp_path / "scalar.npz", x=1.0, y=2)
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04torn")
     (tmp_path / "test_batch.bin").write_bytes(b"x" * 100)
@@ -291,6 +294,9 @@ def test_files_that_are_no_data(tmp_path):
         (f"cifar10:{tmp_path}", "records of 3073"),
         (f"cifar100:{tmp_path}", "train.bin"),
         (f"npz:{tmp_path / 'nan.npz'}", "NaN"),
+        (f"npz:{tmp_path / 'label.npz'}", "1000000000 of 20"),
+        (f"npz:{tmp_path / 'empty.npz'}", r"\(20, 0\)"),
+        (f"npz:{tmp_path / 'scalar.npz'}", "shapes"),
         (f"npz:{tmp_path / 'float.npz'}", "whole numbers"),
         (f"npz:{tmp_path / 'names.npz'}", "x and y"),
         (f"npz:{tmp_path / 'torn.npz'}", "torn"),

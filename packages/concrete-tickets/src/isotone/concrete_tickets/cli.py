@@ -346,9 +346,13 @@ def _count(experiment: Experiment, density: float | None, structure: str = "weig
 
 
 def _out(run: Run, folder: Path) -> Path:
-    """Beside the ticket, where no --out was given."""
+    """Beside the ticket, where no --out was given; never into another run's folder."""
     default = Path("isotone-results") / "concrete-tickets"
-    return folder if run.out == default else run.out
+    if run.out == default:
+        return folder
+    if (run.out / "run.json").exists() and run.out.resolve() != folder.resolve():
+        raise InputError(f"expected --out without a run of its own, found another run in {str(run.out)!r}")
+    return run.out
 
 
 def _said(run: Run, ticket: Ticket, facts: dict[str, Any]) -> dict[str, Any]:

@@ -140,9 +140,13 @@ def _npz(kind: str, path: Path) -> Images:
     x, y = members["x"], members["y"]
     if x.dtype.kind not in "fiub":
         raise InputError(f"expected numbers as x in {str(path)!r}, got {x.dtype}")
+    if x.ndim < 2 or not x.size or y.ndim != 1:
+        raise InputError(f"expected x (n, ...) and y (n,) in {str(path)!r}, got shapes {x.shape} and {y.shape}")
     if len(x) != len(y) or len(y) < 10 or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         message = "expected x (n, ...) and whole numbers y (n,) from 0, 10 or more"
         raise InputError(f"{message}, got shapes {x.shape} and {y.shape}, {y.dtype}")
+    if y.max() >= len(y):
+        raise InputError(f"expected labels below the number of examples in {str(path)!r}, got {y.max()} of {len(y)}")
     x = x.astype(np.float32)
     if not np.isfinite(x).all():
         raise InputError(f"expected finite x in {str(path)!r}, got NaN or infinity")

@@ -56,7 +56,7 @@ def imp(
     ticket = Ticket.dense(rewind_params, where)
     tickets: list[Ticket] = []
     if folder is not None:
-        _check_folder(Path(folder), rewind_params, density, keep, identity or {})
+        _check_folder(Path(folder), rewind_params, density, keep, sorted(ticket.masks), identity or {})
     for number in range(1, total + 1):
         target = density if number == total else keep**number
         path = None if folder is None else Path(folder) / f"round-{number:03d}.safetensors"
@@ -84,9 +84,12 @@ def round_seconds(folder: str | Path) -> float:
     return sum(json.loads(path.read_text())["seconds"] for path in sorted(Path(folder).glob("round-*.json")))
 
 
-def _check_folder(folder: Path, params: Params, density: float, keep: float, training: Mapping[str, Any]) -> None:
+def _check_folder(
+    folder: Path, params: Params, density: float, keep: float, leaves: list[str], training: Mapping[str, Any]
+) -> None:
     """The folder says whose rounds it holds."""
-    identity = {"weights": fingerprint(params), "density": density, "keep": keep}
+    identity: dict[str, Any] = {"weights": fingerprint(params), "density": density, "keep": keep}
+    identity["leaves"] = leaves
     identity["training"] = json.loads(json.dumps(training))
     path = folder / "rounds.json"
     if path.exists():

@@ -446,12 +446,24 @@ def _run(
     many = functools.partial(_epochs, spec)
     if keys.ndim:
         many = jax.vmap(many, (0 if params_per_key else None, None, None, 0, 0, 0, 0, None, None, None))
-    if densities.ndim:
+    if densities.ndim and not (keys.ndim and spec.mesh is not None):
         many = jax.vmap(many, (None, None, None, 0, 0, None, None, 0, None, None))
+    elif densities.ndim:
+        many = functools.partial(_in_turn, many)  # JAX knows no convolution of two batched axes on a mesh
     if spec.mesh is not None:
         # everything is the same on every device but the share of the batch that it takes
         many = jax.shard_map(many, mesh=spec.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     return many(params, inputs, labels, state, history, order, keys, densities, first, last)
+
+
+def _in_turn(one, params, inputs, labels, state, history, order, keys, densities, first, last):
+    """`one` for each density, one after another in the same program."""
+
+    def run(item):
+        state, history, density = item
+        return one(params, inputs, labels, state, history, order, keys, density, first, last)
+
+    return jax.lax.map(run, (state, history, densities))
 
 
 def _epochs(spec, params, inputs, labels, state, history, rows_and_order, key, density, first, last):
