@@ -46,10 +46,10 @@ def step_times(rows: Sequence[Sequence[Any]], title: str = "Time of a training s
 
 def fields(inputs: np.ndarray, targets: np.ndarray, predictions: Mapping[str, np.ndarray], channel: int = 0) -> Any:
     """One sample (N1, N2, C): input, target, and for each model its field and its error on one scale."""
-    import matplotlib.pyplot as plt
-
     columns = 2 + len(predictions)
-    drawing, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 5.4), constrained_layout=True, squeeze=False)
+    drawing, whole = figure("", "", "", size=(2.6 * columns, 5.4))
+    drawing.delaxes(whole)
+    axes = drawing.subplots(2, columns, squeeze=False)
     truth = targets[..., channel]
     low, high = float(truth.min()), float(truth.max())
     gaps = {name: np.abs(field[..., channel] - truth) for name, field in predictions.items()}
@@ -72,6 +72,7 @@ def _show(axis: Any, field: np.ndarray, title: str, low: Any = None, high: Any =
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
+    axis.grid(False)
     return image
 
 
