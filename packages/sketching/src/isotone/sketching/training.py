@@ -2,7 +2,7 @@
 
 `train` goes through the rounds in chunks of one `lax.scan` each. After every chunk the state lies on the disk; chunks
 begin at multiples of their length, so that a run that was killed goes through the very same compiled chunks when it is
-resumed, and ends bit for bit as one that was not. Three files at the end: params.safetensors, history.json, ledger.json.
+resumed, and ends bit for bit as one that was not. At the end: params.safetensors, history.json, ledger.json.
 """
 
 from __future__ import annotations
