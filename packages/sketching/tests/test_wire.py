@@ -30,6 +30,7 @@ def message(**changes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_values_come_back(dtype):
+    assert HEADER == 64
     sent = message(dtype=dtype)
     data = encode(sent)
     assert len(data) == HEADER + {"float32": 28, "bfloat16": 14, "int8": 4 + 7}[dtype]
@@ -62,8 +63,8 @@ def test_places_and_texts_come_back():
 
 def reseal(data):
     """The same bytes with the checksum that belongs to them."""
-    front = data[: HEADER - 8] + bytes(8)
-    return data[: HEADER - 8] + struct.pack("<I4x", zlib.crc32(data[HEADER:], zlib.crc32(front))) + data[HEADER:]
+    front = data[: HEADER - 12] + bytes(12)
+    return data[: HEADER - 12] + struct.pack("<I8x", zlib.crc32(data[HEADER:], zlib.crc32(front))) + data[HEADER:]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_garbage_never_gets_through(junk, sealed):
     """Random bytes, also with a right front and checksum: an `InputError`, never anything else."""
     data = encode(message())[:8] + junk if sealed else junk
     if sealed and len(data) >= HEADER:
-        data = reseal(data[: HEADER - 12] + struct.pack("<I", len(data) - HEADER) + data[HEADER - 8 :])
+        data = reseal(data[: HEADER - 16] + struct.pack("<I", len(data) - HEADER) + data[HEADER - 12 :])
     try:
         found = decode(data)
     except InputError:

@@ -117,7 +117,7 @@ class Channel:
     def mean(self, kind: str, rows: Any, **more: Any) -> np.ndarray:
         """Every client's row up, their mean as the server makes it of what it read."""
         read = [self.up(c, kind, row, **more).numbers for c, row in enumerate(rows)]
-        return np.mean(read, 0, dtype=np.float32)
+        return np.asarray(np.mean(read, 0, dtype=np.float32))
 
     def all(self, kind: str, values: Any, **more: Any) -> Message:
         """The same to all clients; what the last of them read."""

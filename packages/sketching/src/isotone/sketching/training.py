@@ -184,6 +184,14 @@ def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
     dealt = deal(dataset.x, dataset.y, config.clients, config.concentration, config.seed)
     start, rounds = run_keys(config.seed)
     params, privacy = model.init(start), config.privacy()
+    algorithm = make_algorithm(config, model, params, privacy, noise_seed)
+    return Setup(config, dataset, dealt, model, params, algorithm, rounds, privacy)
+
+
+def make_algorithm(
+    config: RunConfig, model: Model, params: Any, privacy: PrivacyConfig | None, noise_seed: int = 0
+) -> FedAlgorithm:
+    """The rounds of `config` for weights like `params`, of which nothing but shapes and types is looked at."""
     local = None
     if privacy is not None:
         local = private_local(model.loss, privacy, config.local_steps, config.rate, noise_seed)
@@ -192,13 +200,12 @@ def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
         "momentum": lambda: optax.sgd(config.server_rate, 0.9),
         "adam": lambda: optax.adam(config.server_rate),
     }
-    algorithm = fed_algorithm(
+    return fed_algorithm(
         *(model.loss, params, make_compressor(config, params)),
         server_opt=optimizers[config.server](),
         local_update=local,
         **config.fed,
     )
-    return Setup(config, dataset, dealt, model, params, algorithm, rounds, privacy)
 
 
 def run_keys(seed: int) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@
 | 8, 8, 8 | seed of the sketch, d (numbers in the weights), s (values in the message) |
 | 4, 4 | round, client |
 | 4, 4 | places in the message, extra: levels of a quantisation, clients in a mean |
-| 4, 4 | length of the payload, CRC-32 of header and payload |
+| 4, 4, 8 | length of the payload, CRC-32 of header and payload, 0 |
 
 The payload: places (uint32) where there are some, then the scale (float32) of quantised values, then the values. The
 checksum finds what a line tears or turns, not what somebody forges: there is no authentication here.
@@ -30,7 +30,7 @@ MAGIC, VERSION = b"ISKW", 1
 KINDS = ("hello", "plan", "refused", "sketch", "mean", "weights", "plain", "sparse", "table", "factors", "quantized")
 TEXTS = ("hello", "plan", "refused")
 DTYPES = ("float32", "bfloat16", "int8", "bits", "text")
-_HEADER = struct.Struct("<4sBBBBQQQIIIIII4x")
+_HEADER = struct.Struct("<4sBBBBQQQIIIIII8x")
 HEADER = _HEADER.size
 _BF16 = np.dtype(jnp.bfloat16)
 LIMIT = 1 << 31
