@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 
+import numpy as np
+
 from isotone.sketching import wire
 from isotone.sketching.client import ClientConfig, run_client
 from isotone.sketching.exchange import read_exactly
@@ -83,3 +85,22 @@ class Line:
 
     def close(self):
         self.socket.close()
+
+
+# --- processes of Flower's; flwr is not always installed ---------------------------------------------------------
+
+
+def flower_server(config, address, path):
+    """Serve a config to its end; the means of its rounds, and the accuracy, go to a file."""
+    from isotone.sketching import flower
+
+    strategy = flower.SketchedFedAvg(flower.clients_of(config)[0].s, config.rounds, config.clients)
+    flower.serve(strategy, address)
+    np.savez(path, means=np.stack(strategy.means.history), accuracy=strategy.accuracy)
+
+
+def flower_client(config, address, number):
+    """One client, until the server is through."""
+    from isotone.sketching import flower
+
+    flower.join(flower.clients_of(config)[1](number, None), address)

@@ -23,9 +23,10 @@ import numpy as np
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
+from isotone.sketching.cohort import Work
 from isotone.sketching.data import ClientData, Dataset, deal, load
 from isotone.sketching.exchange import read_exactly
-from isotone.sketching.plan import Plan, Work
+from isotone.sketching.plan import Plan, steps_of
 from isotone.sketching.statement import own_noise_seed, privacy_statement
 from isotone.sketching.weights import save_weights
 from isotone.sketching.wire import HEADER, Expected, Message
@@ -117,9 +118,14 @@ class _Session:
         self.advanced = advanced
         self.releases: Releases | None = None
         self.plan: Plan | None = None
-        self.round = self.up = self.down = self.connections = 0
+        self.up = self.down = self.connections = 0
         self.sent: tuple[int, bytes] | None = None
         self.last = time.monotonic()
+
+    @property
+    def round(self) -> int:
+        """The round that the weights are for."""
+        return 0 if self.plan is None else self.work.round
 
     def run(self) -> Finished:
         wait = 0.05
@@ -171,12 +177,11 @@ class _Session:
         if found.kind == "mean" and found.round < self.round:
             return  # told twice
         if found.kind == "mean" and (found.round, found.s) == (self.round, plan.s):
-            self.work.apply(self.round, found.values)
-            self.round += 1
+            self.work.apply(found.values)
         elif found.kind == "weights" and found.s == d and self.round <= found.round <= plan.config.rounds:
-            tree = self.work.algorithm.tree
+            tree = self.work.steps.algorithm.tree
             self.work.params = tree.unflatten(jnp.asarray(found.values))
-            self.round = found.round
+            self.work.round = found.round
         else:
             raise InputError(f"expected the mean of round {self.round}, got {found.kind} of round {found.round}")
         self.last = time.monotonic()
@@ -197,7 +202,7 @@ class _Session:
         if plan.config.private:
             self.releases = Releases(self.folder / "releases.json", plan, self.resume)
             secret = own_noise_seed(self.folder, self.releases.begun)
-        self.work = Work(plan, data, self.config.client, secret)
+        self.work = Work(steps_of(plan, secret), data, self.config.client)
         self.plan = plan
 
     def _update(self, t: int) -> bytes:
@@ -207,7 +212,7 @@ class _Session:
         assert self.plan is not None
         if self.releases is not None:
             self.releases.add(t, self.work.params)
-        values = self.work.message(t)
+        values = self.work.message()
         seed, d = self.plan.config.seed, self.plan.compressor.d
         if np.isfinite(values).all():
             made = Message("sketch", seed, t, self.config.client, d, values)

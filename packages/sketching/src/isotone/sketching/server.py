@@ -28,8 +28,9 @@ import numpy as np
 from isotone.shared.checkpoint import CheckpointStore, atomic_write
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
+from isotone.sketching.cohort import receive
 from isotone.sketching.ledger import Ledger
-from isotone.sketching.plan import Plan, receive
+from isotone.sketching.plan import Plan
 from isotone.sketching.training import make_algorithm, run_keys
 from isotone.sketching.wire import HEADER, Expected, Message
 
@@ -205,7 +206,8 @@ class _Server:
             raise InputError(f"expected a finite update from some client, got none in round {t}")
         heard = sorted(self.inbox)
         # in the order of the clients' numbers: the sum does not depend on who was first
-        mean = np.sum([self.inbox[c].values for c in heard], 0, dtype=np.float32) / np.float32(len(heard))
+        total = np.sum([self.inbox[c].values for c in heard], 0, dtype=np.float32)
+        mean = np.asarray(total / np.float32(len(heard)), np.float32)
         if not np.isfinite(mean).all():
             raise InputError(f"expected updates whose sum is finite, got infinity in round {t}")
         config = self.plan.config
