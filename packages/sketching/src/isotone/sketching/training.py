@@ -88,6 +88,8 @@ class RunConfig:
             raise InputError(f"expected a server optimizer of {', '.join(SERVERS)}, got {self.server!r}")
         if not (math.isfinite(self.server_rate) and self.server_rate > 0):
             raise InputError(f"expected a finite server rate above 0, got {self.server_rate}")
+        if self.concentration is not None and not 0 < self.concentration < math.inf:
+            raise InputError(f"expected a finite concentration above 0, or none, got {self.concentration}")
         if self.size is not None:
             check_count("size", self.size, 1)
         if not 1 <= self.ratio < math.inf:
@@ -180,12 +182,18 @@ class Setup:
 def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
     """Data dealt, weights drawn, channel made. `noise_seed`: of the private mode's noise, nobody's to know."""
     dataset = load(config.data)
-    model = make_model(config.model, dataset.x.shape[1:], dataset.classes, config.hidden)
     dealt = deal(dataset.x, dataset.y, config.clients, config.concentration, config.seed)
+    made = _made(config, dataset.x.shape[1:], dataset.classes, noise_seed)
+    return Setup(config, dataset, dealt, *made)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: int) -> Any:
+    """(model, params, algorithm, key, privacy): the same objects for the same run, so that it is compiled once."""
+    model = make_model(config.model, shape, classes, config.hidden)
     start, rounds = run_keys(config.seed)
     params, privacy = model.init(start), config.privacy()
-    algorithm = make_algorithm(config, model, params, privacy, noise_seed)
-    return Setup(config, dataset, dealt, model, params, algorithm, rounds, privacy)
+    return model, params, make_algorithm(config, model, params, privacy, noise_seed), rounds, privacy
 
 
 def make_algorithm(
@@ -284,7 +292,6 @@ def train(
             state, log = _restored(saved, state)
             first = saved.step
         test = jnp.asarray(setup.dataset.test_x), jnp.asarray(setup.dataset.test_y)
-        accuracy_of = jax.jit(lambda p: setup.model.accuracy(p, *test))
         for begin in range(first, config.rounds, every):
             end = min(begin + every, config.rounds)
             state, infos = _run(
@@ -293,8 +300,8 @@ def train(
             log.loss[begin:end] = np.asarray(infos.loss)
             log.norm[begin:end] = np.asarray(infos.norm)
             log.taken[begin:end], log.heard[begin:end] = np.asarray(infos.taken), np.asarray(infos.heard)
-            log.late[begin:end] = np.stack([late(setup.key, t, m, config.straggle) for t in range(begin, end)])
-            log.accuracy[end - 1] = float(accuracy_of(state.params))
+            log.late[begin:end] = late(setup.key, np.arange(begin, end), m, config.straggle)
+            log.accuracy[end - 1] = float(_accuracy(setup.model, state.params, *test))
             _check_heard(log, begin, end, config)
             arrays = {f"state/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
             store.save(end, {**arrays, **{f"log/{name}": array for name, array in vars(log).items()}}, mine)
@@ -305,15 +312,22 @@ def train(
     return trained
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _accuracy(model: Model, params: Any, x: Array, y: Array) -> Array:
+    return model.accuracy(params, x, y)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _run(algorithm: FedAlgorithm, state: FedState, key: Array, data: Any, rounds: int) -> Any:
     arrays = ClientData(*data)
     return jax.lax.scan(lambda s, _: algorithm.round(s, key, arrays), state, length=rounds)
 
 
-def late(key: Array, t: int, m: int, straggle: float) -> np.ndarray:
-    """Which of round t's m participants are stragglers: what `FedAlgorithm.round` draws."""
-    drawn = jax.random.uniform(round_keys(key, t)[1], (m,))
+def late(key: Array, rounds: np.ndarray, m: int, straggle: float) -> np.ndarray:
+    """Which of the m participants of each of `rounds` are stragglers (rounds, m): what `FedAlgorithm.round` draws."""
+    if not straggle:
+        return np.zeros((len(rounds), m), bool)
+    drawn = jax.vmap(lambda t: jax.random.uniform(round_keys(key, t)[1], (m,)))(jnp.asarray(rounds))
     return np.asarray(drawn < straggle)
 
 
