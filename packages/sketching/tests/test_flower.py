@@ -3,7 +3,12 @@
 import dataclasses
 import importlib.util
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +208,7 @@ def assert_is_fedavg(means, accuracy, tmp_path):
 @pytest.mark.slow  # Ray takes its time to start
 def test_on_flowers_simulation(flower, tmp_path):
     pytest.importorskip("ray", reason="flwr's simulation is not installed")
-    strategy = flower.simulation(CONFIG, 3)
+    strategy = flower.simulation(CONFIG)
     assert strategy.rejected == [[]] * 3
     assert_is_fedavg(strategy.means.history, strategy.accuracy, tmp_path)
 
@@ -228,3 +233,89 @@ def test_on_flower_as_processes_on_loopback(flower, tmp_path):
     with np.load(path) as served:
         # clients are given numbers by hand here, and names by Flower
         assert_is_fedavg(served["means"], float(served["accuracy"]), tmp_path)
+
+
+PROJECT = """
+[project]
+name = "sketched"
+version = "1.0.0"
+description = "sketched rounds"
+license = "Apache-2.0"
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+[tool.flwr.app]
+publisher = "isotone"
+[tool.flwr.app.components]
+serverapp = "sketched:server"
+clientapp = "sketched:client"
+[tool.flwr.app.config]
+"""
+APP = """
+import numpy as np
+from isotone.sketching import flower
+from isotone.sketching.training import RunConfig
+
+CONFIG = RunConfig(clients=2, rounds=3, local_steps=2, batch=8, kind="identity", concentration=None)
+
+
+class Told(flower.SketchedFedAvg):
+    def aggregate_evaluate(self, server_round, results, failures):
+        found = super().aggregate_evaluate(server_round, results, failures)
+        if self.accuracy is not None:
+            np.savez({path!r}, means=np.stack(self.means.history), accuracy=self.accuracy)
+        return found
+
+
+server = flower.server_app(Told(650, 3, 2))
+client = flower.client_app(flower.Cohort(CONFIG))
+"""
+
+
+@pytest.mark.slow  # a SuperLink, two SuperNodes, and what they start
+def test_on_a_superlink_with_two_supernodes(flower, tmp_path):
+    app, home, path = tmp_path / "app", tmp_path / "home", tmp_path / "told.npz"
+    app.mkdir()
+    home.mkdir()
+    ports = []
+    for _ in range(3):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+    link = f"127.0.0.1:{ports[0]}"
+    (app / "pyproject.toml").write_text(PROJECT)
+    (app / "sketched.py").write_text(APP.format(path=str(path)))
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "l"\n[superlink.l]\naddress = "{link}"\ninsecure = true\n'
+    )
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "FLWR_HOME": str(home), "PATH": f"{scripts}:{os.environ['PATH']}"}
+    log = (tmp_path / "log").open("w")
+    started = []
+
+    def start(*words):
+        started.append(subprocess.Popen(words, cwd=app, env=environment, stdout=log, stderr=log))
+
+    try:
+        start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation", "--port", str(ports[0]))
+        for number in range(2):
+            node = ["--node-config", f"partition-id={number} num-partitions=2", "--port", str(ports[1 + number])]
+            start("flower-supernode", "--insecure", "--superlink", link, *node)
+        deadline = time.monotonic() + 250
+        command = ["flwr", "run", ".", "l"]
+        while (done := subprocess.run(command, cwd=app, env=environment, capture_output=True, text=True)).returncode:
+            assert "unavailable" in done.stdout + done.stderr and time.monotonic() < deadline, done.stdout + done.stderr
+            time.sleep(1)
+        while not path.exists():
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.5)
+        time.sleep(1)
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(30)
+        log.close()
+    with np.load(path) as told:
+        assert_is_fedavg(told["means"], float(told["accuracy"]), tmp_path)

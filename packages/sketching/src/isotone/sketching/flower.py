@@ -7,6 +7,7 @@ dependencies: it asks for older typer and protobuf than the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -152,7 +153,7 @@ class SketchClient(NumPyClient):
 
 
 def server_app(strategy: SketchedFedAvg) -> ServerApp:
-    """For `flwr.simulation.run_simulation`, or a SuperLink."""
+    """For `flwr.simulation.run_simulation`, or the `serverapp` of a Flower app on a SuperLink."""
 
     def components(context: Any) -> ServerAppComponents:
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=strategy.rounds))
@@ -161,7 +162,8 @@ def server_app(strategy: SketchedFedAvg) -> ServerApp:
 
 
 def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:
-    """`make(number, record)`: the client of a partition; called for every message, as Flower does."""
+    """`make(number, record)`: the client of a partition (a SuperNode's `partition-id`); called for every message, as
+    Flower does. The `clientapp` of a Flower app is a plain assignment of it."""
 
     def client_fn(context: Any) -> Client:
         return make(int(context.node_config["partition-id"]), context.state).to_client()
@@ -197,28 +199,15 @@ def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchCli
     return steps, make
 
 
-def simulation(config: RunConfig, rounds: int, cpus: float = 1.0) -> SketchedFedAvg:
-    """`config` by Flower's simulation runtime (Ray), `cpus` for each virtual client; the strategy afterwards."""
-    from flwr.simulation import run_simulation
-
-    # the actors make their own: neither compiled functions nor keys travel between processes
-    strategy = SketchedFedAvg(clients_of(config)[0].s, rounds, config.clients, _fraction(config))
-    resources = {"client_resources": {"num_cpus": cpus, "num_gpus": 0.0}}
-    run_simulation(server_app(strategy), client_app(_Made(config)), config.clients, backend_config=resources)
-    return strategy
-
-
-def _fraction(config: RunConfig) -> float:
-    return (config.participants or config.clients) / config.clients
-
-
-class _Made:
-    """The clients of a config, made once in each process that asks for one."""
+class Cohort:
+    """The clients of a config by number, made once in each process that asks for one: neither compiled functions nor
+    keys travel between processes."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     def __call__(self, number: int, record: Any) -> SketchClient:
+        """The client `number`, its state from `record`."""
         if self.config not in _CLIENTS:
             _CLIENTS[self.config] = clients_of(self.config)[1]
         return _CLIENTS[self.config](number, record)
@@ -227,11 +216,27 @@ class _Made:
 _CLIENTS: dict[RunConfig, Callable[[int, Any], SketchClient]] = {}
 
 
+def strategy_of(config: RunConfig) -> SketchedFedAvg:
+    """The strategy for the rounds and clients of `config`."""
+    fraction = (config.participants or config.clients) / config.clients
+    return SketchedFedAvg(clients_of(config)[0].s, config.rounds, config.clients, fraction)
+
+
+def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:
+    """`config` by Flower's simulation runtime (Ray), `cpus` for each virtual client; the strategy afterwards."""
+    from flwr.simulation import run_simulation
+
+    strategy = strategy_of(config)
+    resources = {"client_resources": {"num_cpus": cpus, "num_gpus": 0.0}}
+    run_simulation(server_app(strategy), client_app(Cohort(config)), config.clients, backend_config=resources)
+    return strategy
+
+
 def simulate(config: RunConfig, rounds: int) -> float:
     """Seconds per round of Flower's simulation, its start and the first round's compiling left out.
 
     Raises `InputError` on fewer than 2 rounds.
     """
     check_count("rounds", rounds, 2)
-    finished = simulation(config, rounds).finished
+    finished = simulation(dataclasses.replace(config, rounds=rounds)).finished
     return (finished[-1] - finished[0]) / (rounds - 1)
