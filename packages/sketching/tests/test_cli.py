@@ -42,7 +42,7 @@ def test_train_says_what_was_sent_and_spent(tmp_path):
 
 
 def test_a_killed_training_resumes_bit_for_bit(tmp_path):
-    command = [*MODULE, "train", *SMALL, "--rounds", "1500", "--checkpoint-every", "20", "--arm", "topk", "--quiet"]
+    command = [*MODULE, "train", *SMALL, "--rounds", "600", "--checkpoint-every", "20", "--arm", "topk", "--quiet"]
 
     def ready():
         return any((tmp_path / "killed" / "checkpoints").glob("step-*"))

@@ -37,10 +37,10 @@ try:
 except ImportError:
     raise InputError("expected flwr, it is not installed: pip install 'flwr[simulation]==1.42.0'") from None
 
-STATE = "isotone.sketching"
+STATE = "isotone.sketching"  # pragma: no cover - needs flwr, as all below
 
 
-class SketchedFedAvg(Strategy):
+class SketchedFedAvg(Strategy):  # pragma: no cover - needs flwr
     """Averages sketches (section 2.3). `s`: numbers in a message; `rounds` in all; `clients` to wait for.
 
     `fraction` of them takes part in a round. In the last round everybody is told what it missed, and asked for its
@@ -113,7 +113,7 @@ class SketchedFedAvg(Strategy):
         return None
 
 
-class SketchClient(NumPyClient):
+class SketchClient(NumPyClient):  # pragma: no cover - needs flwr
     """One client of `SketchedFedAvg`: `steps` from `make_steps`, on a loss and weights of the user's own, and `data` of
     one client. `record`: where Flower keeps a virtual client's state between rounds.
 
@@ -152,7 +152,7 @@ class SketchClient(NumPyClient):
             self.record.array_records[STATE] = ArrayRecord(self.work.state())
 
 
-def server_app(strategy: SketchedFedAvg) -> ServerApp:
+def server_app(strategy: SketchedFedAvg) -> ServerApp:  # pragma: no cover - needs flwr
     """For `flwr.simulation.run_simulation`, or the `serverapp` of a Flower app on a SuperLink."""
 
     def components(context: Any) -> ServerAppComponents:
@@ -161,7 +161,7 @@ def server_app(strategy: SketchedFedAvg) -> ServerApp:
     return ServerApp(server_fn=components)
 
 
-def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:
+def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:  # pragma: no cover - needs flwr
     """`make(number, record)`: the client of a partition (a SuperNode's `partition-id`); called for every message, as
     Flower does. The `clientapp` of a Flower app is a plain assignment of it."""
 
@@ -171,17 +171,17 @@ def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:
     return ClientApp(client_fn=client_fn)
 
 
-def serve(strategy: SketchedFedAvg, address: str = "127.0.0.1:8080") -> None:
+def serve(strategy: SketchedFedAvg, address: str = "127.0.0.1:8080") -> None:  # pragma: no cover - needs flwr
     """The strategy as a process of its own, to its last round. (Loopback unless another address is asked for.)"""
     start_server(server_address=address, config=ServerConfig(num_rounds=strategy.rounds), strategy=strategy)
 
 
-def join(client: SketchClient, address: str = "127.0.0.1:8080") -> None:
+def join(client: SketchClient, address: str = "127.0.0.1:8080") -> None:  # pragma: no cover - needs flwr
     """A client as a process of its own, until the server is through."""
     start_client(server_address=address, client=client.to_client(), insecure=True)
 
 
-def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchClient]]:
+def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchClient]]:  # pragma: no cover - needs flwr
     """The steps of `config`, and its clients by number, each with its own share of the data."""
     setup = prepare(config)
     steps = make_steps(setup.algorithm, setup.params, setup.key)
@@ -199,7 +199,7 @@ def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchCli
     return steps, make
 
 
-class Cohort:
+class Cohort:  # pragma: no cover - needs flwr
     """The clients of a config by number, made once in each process that asks for one: neither compiled functions nor
     keys travel between processes."""
 
@@ -216,13 +216,13 @@ class Cohort:
 _CLIENTS: dict[RunConfig, Callable[[int, Any], SketchClient]] = {}
 
 
-def strategy_of(config: RunConfig) -> SketchedFedAvg:
+def strategy_of(config: RunConfig) -> SketchedFedAvg:  # pragma: no cover - needs flwr
     """The strategy for the rounds and clients of `config`."""
     fraction = (config.participants or config.clients) / config.clients
     return SketchedFedAvg(clients_of(config)[0].s, config.rounds, config.clients, fraction)
 
 
-def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:
+def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:  # pragma: no cover - needs flwr
     """`config` by Flower's simulation runtime (Ray), `cpus` for each virtual client; the strategy afterwards."""
     from flwr.simulation import run_simulation
 
@@ -232,7 +232,7 @@ def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:
     return strategy
 
 
-def simulate(config: RunConfig, rounds: int) -> float:
+def simulate(config: RunConfig, rounds: int) -> float:  # pragma: no cover - needs flwr
     """Seconds per round of Flower's simulation, its start and the first round's compiling left out.
 
     Raises `InputError` on fewer than 2 rounds.

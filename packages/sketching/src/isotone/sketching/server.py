@@ -265,8 +265,8 @@ class _Server:
             self.report.newest = str(error)
             with contextlib.suppress(OSError, TimeoutError):
                 await self._write_to(writer, wire.encode(Message("refused", text=str(error)[:500])), None, None)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # it went away; it may come back
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # it went away and may come back, or the run is over
         finally:
             if client is not None and self.writers.get(client) is writer:
                 del self.writers[client]

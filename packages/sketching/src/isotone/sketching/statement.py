@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 from pathlib import Path
@@ -22,12 +23,7 @@ def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int) -> d
     Renyi divergence, and by privacy loss distributions where dp-accounting is installed (else null).
     """
     releases = local_steps * rounds
-    accountant = Accountant(config.rate, config.noise)
-    accountant.spend(releases)
-    try:
-        tight = accountant.pld_epsilon(config.delta) if releases else 0.0
-    except InputError:
-        tight = None
+    loose, tight = _epsilons(config, releases)
     return {
         "adjacency": ADJACENCY,
         "trust": TRUST,
@@ -39,10 +35,22 @@ def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int) -> d
         "rounds": rounds,
         "releases": releases,
         "delta": config.delta,
-        "epsilon_rdp": accountant.epsilon(config.delta),
+        "epsilon_rdp": loose,
         "epsilon_pld": tight,
         "noise_source": SOURCE,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _epsilons(config: PrivacyConfig, releases: int) -> tuple[float, float | None]:
+    """By Renyi divergence, and by privacy loss distributions."""
+    accountant = Accountant(config.rate, config.noise)
+    accountant.spend(releases)
+    try:
+        tight = accountant.pld_epsilon(config.delta) if releases else 0.0
+    except InputError:
+        tight = None
+    return accountant.epsilon(config.delta), tight
 
 
 def own_noise_seed(folder: Path, begun: bool, fixed: int | None = None) -> int:
