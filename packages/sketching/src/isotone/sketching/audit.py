@@ -220,8 +220,8 @@ def _class_moments(x: np.ndarray, y: np.ndarray) -> tuple[dict[int, np.ndarray],
 
 def _context(pool: _Pool, which: np.ndarray) -> Any:
     """The weights of each message's network, and the round of its R."""
-    weights = jax.tree.map(lambda *leaves: jnp.stack([leaves[i] for i in which]).astype(jnp.float64), *pool.networks)
-    return weights, jnp.arange(len(which))
+    weights = jax.tree.map(lambda *leaves: np.stack([leaves[i] for i in which]).astype(np.float64), *pool.networks)
+    return jax.device_put(weights), jnp.arange(len(which))
 
 
 def _plain(
@@ -242,7 +242,12 @@ def _plain(
         x, y = jnp.asarray(pool.x[chosen], jnp.float64), jnp.asarray(pool.y[chosen])
         context = _context(pool, which)
         found = attack.invert_many(
-            *(message, jax.vmap(message)(x, y, context), pool.x.shape[1:], _keys(pool, config.messages, batch)),
+            *(
+                message,
+                jax.jit(jax.vmap(message))(x, y, context),
+                pool.x.shape[1:],
+                _keys(pool, config.messages, batch),
+            ),
             labels=y,
             classes=pool.model.classes,
             config=config.attack,
