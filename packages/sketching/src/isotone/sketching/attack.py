@@ -180,7 +180,8 @@ def invert_many(
     with jax.enable_x64(True):
         wide = jnp.asarray(targets, jnp.float64)
         believed = None if prior is None else Prior(*(jnp.asarray(part, jnp.float64) for part in prior))
-        given = (wide, keys, labels, believed, context)
+        begin = _begin(keys, (config.restarts, n, *shape), classes if labels is None else 0, believed)
+        given = (wide, begin, labels, believed, context)
         program = _program(message, config, (n, *shape), classes, tuple(None if part is None else 0 for part in given))
         x, soft, losses = program(*given)
         x, soft, losses = np.asarray(x), np.asarray(soft), np.asarray(losses)
@@ -209,18 +210,31 @@ def invert_by_search(
     return min(found, key=lambda one: one.loss)
 
 
+def _begin(keys: Array, shape: tuple[int, ...], classes: int, prior: Prior | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where all starts of all messages begin: inputs (m, restarts, n, *shape), in [0, 1] or about the prior's mean, and
+    logits of soft labels (m, restarts, n, classes). Drawn outside of the program, which is then sooner compiled."""
+    rngs = [np.random.default_rng(words.ravel()) for words in np.asarray(jax.random.key_data(keys))]
+    if prior is None:
+        x = np.stack([rng.uniform(size=shape) for rng in rngs])
+    else:
+        x = np.stack(
+            [np.asarray(mean) + 0.1 * rng.standard_normal(shape) for mean, rng in zip(prior.mean, rngs, strict=True)]
+        )
+    return x, np.stack([0.1 * rng.standard_normal((*shape[:2], classes)) for rng in rngs])
+
+
 @functools.lru_cache(maxsize=64)
 def _program(
     message: Message, config: AttackConfig, shape: tuple[int, ...], classes: int, axes: tuple[int | None, ...]
 ) -> Callable[..., Any]:
-    """All starts of all messages: (targets, keys, labels, priors, contexts) -> x, soft labels, losses (m, restarts,
+    """All starts of all messages: (targets, begins, labels, priors, contexts) -> x, soft labels, losses (m, restarts,
     steps + 1). `axes`: 0 or None of each argument, which is None itself there."""
     second = config.steps // 2
     falling = optax.exponential_decay(config.rate, max(1, config.steps - second), 1e-6, transition_begin=second)
     tx: Any = optax.adam(falling) if config.optimizer == "adam" else optax.lbfgs()
 
     def whole(
-        target: Array, key: Array, labels: Array | None, prior: Prior | None, context: Any
+        target: Array, begin: tuple[Array, Array], labels: Array | None, prior: Prior | None, context: Any
     ) -> tuple[Array, Array, Array]:
         def value(variables: tuple[Array, Array]) -> Array:
             x, z = variables
@@ -240,18 +254,12 @@ def _program(
             bounded = config.bounded and config.optimizer == "adam"
             return ((jnp.clip(now[0], 0.0, 1.0) if bounded else now[0], now[1]), state), loss
 
-        def start(own: Array) -> tuple[Array, Array, Array]:
-            first, second = jax.random.split(own)
-            if prior is None:
-                x = jax.random.uniform(first, shape, jnp.float64)
-            else:
-                x = prior.mean + 0.1 * jax.random.normal(first, shape, jnp.float64)
-            begin = (x, 0.1 * jax.random.normal(second, (shape[0], classes), jnp.float64))
-            (now, _), losses = jax.lax.scan(step, (begin, tx.init(begin)), None, length=config.steps)
+        def start(x: Array, z: Array) -> tuple[Array, Array, Array]:
+            (now, _), losses = jax.lax.scan(step, ((x, z), tx.init((x, z))), None, length=config.steps)
             x = jnp.clip(now[0], 0.0, 1.0) if config.bounded else now[0]
             return x, jax.nn.softmax(now[1]), jnp.append(losses, value((x, now[1])))
 
-        return jax.vmap(start)(jax.random.split(key, config.restarts))
+        return jax.vmap(start)(*begin)
 
     return jax.jit(jax.vmap(whole, axes))
 

@@ -242,7 +242,10 @@ def _npz_weights(path: Path, like: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, path.with_suffix(".safetensors").name)
         copy.write_bytes(content)
-        return load_weights(copy, like)
+        try:
+            return load_weights(copy, like)
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), str(path))) from None
 
 
 @contextmanager

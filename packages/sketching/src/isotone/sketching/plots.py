@@ -36,9 +36,12 @@ def convergence(curves: Sequence[Row]) -> Any:
     drawing, first = figure(
         f"Measured (solid) and bound (dashed), {problems[0]}", "", "", size=(8.4, 3.1 * len(problems))
     )
+    # the house's colours are the first axes' own
+    colours = [first.plot([])[0].get_color() for _ in range(8)]
     first.remove()
     axes = drawing.subplots(len(problems), 1, squeeze=False)[:, 0]
     for axis, problem in zip(axes, problems, strict=True):
+        axis.set_prop_cycle(color=colours)
         for curve in (curve for curve in curves if curve["problem"] == problem):
             start, rounds = curve["value"][0], range(1, len(curve["value"]))
             value = np.array(curve["value"][1:]) / start

@@ -132,10 +132,10 @@ def _audit(source: Dataset, setting: Scale, seeds: tuple[int, ...], config: Audi
     return {"leaks": report.to_json(), "pictures": kept_pictures(report)}
 
 
-def kept_pictures(report: AuditReport) -> dict[str, dict[str, list[Any]]]:
-    """The first pictures of every row, as JSON can say them."""
+def kept_pictures(report: AuditReport) -> dict[str, list[Any]]:
+    """The first pictures of every row as JSON can say them: (name, pictures), in their order."""
     return {
-        sheet: {name: np.asarray(shown[:SHOWN]).round(3).tolist() for name, shown in rows.items()}
+        sheet: [(name, np.asarray(shown[:SHOWN]).round(3).tolist()) for name, shown in rows.items()]
         for sheet, rows in report.pictures.items()
     }
 
@@ -147,11 +147,10 @@ def _figures(
     pictures: dict[str, dict[str, np.ndarray]] = {}
     for found in (*audits.values(), under):
         for sheet, shown in found["pictures"].items():
-            have = pictures.setdefault(sheet, {})
             # the first audit's rows stay: others of the same sheet are of other attackers
-            have.update({name: np.array(row) for name, row in shown.items() if not have.get(name, np.empty(0)).size})
+            pictures.setdefault(sheet, {name: np.array(row) for name, row in shown})
     drawn = [leak for name, found in audits.items() if name != "bounded" for leak in found["leaks"]]
-    found = {
+    figures = {
         "accuracy-bytes": plots.against_bytes(rows),
         "loss-bytes": plots.against_bytes(rows, "loss"),
         "bounds": plots.convergence(curves),
@@ -160,5 +159,5 @@ def _figures(
     }
     if len(np.shape(next(iter(next(iter(pictures.values())).values())))) >= 3:
         for sheet, shown in pictures.items():
-            found[f"sheet-{sheet.replace(' ', '-')}"] = plots.sheet(shown)
-    return found
+            figures[f"sheet-{sheet.replace(' ', '-')}"] = plots.sheet(shown)
+    return figures
