@@ -20,15 +20,15 @@ def setting(s=None, seed=0):
     """Weights, and the message of a gradient, or of its sketch of s numbers."""
     params = MODEL.init(jax.random.key(seed))
     sketch = None if s is None else make_sketch("srht", sum(leaf.size for leaf in jax.tree.leaves(params)), s)
-    return params, attack.gradient_message(MODEL, params, None if sketch is None else lambda v: sketch.sk(0, v))
+    message = attack.gradient_message(MODEL, params, None if sketch is None else lambda v: sketch.sk(0, v))
+    return params, jax.jit(message)
 
 
 def examples(*chosen):
     return jnp.asarray(SOURCE.test_x[list(chosen)], jnp.float64), jnp.asarray(SOURCE.test_y[list(chosen)])
 
 
-@pytest.mark.parametrize("method", ["l2", "cosine"])
-@pytest.mark.parametrize("s", [None, 100])
+@pytest.mark.parametrize("s,method", [(None, "l2"), (100, "l2"), (100, "cosine")])
 def test_the_loss_is_zero_at_the_truth_and_its_gradient_right(s, method):
     """L_R(x_true) = 0 with gradient 0; elsewhere the gradient through the gradient is the finite difference's."""
     with jax.enable_x64(True):
@@ -53,12 +53,12 @@ def test_inputs_break_out_of_sketches_that_are_larger():
             _, message = setting(s)
             x, y = examples(0, 1)
             targets = jnp.stack([message(x[i : i + 1], y[i : i + 1]) for i in range(2)])
-        config = AttackConfig(steps=800, restarts=2, bounded=False)
+        config = AttackConfig(steps=600, restarts=2, bounded=False)
         found = attack.invert_many(
             message, targets, (8, 8, 1), jax.random.split(jax.random.key(0), 2), labels=y[:, None], config=config
         )
         errors[s] = float(np.median([recovery.mse(one.x[0], SOURCE.test_x[i]) for i, one in enumerate(found)]))
-        assert found[0].history.shape == (801,) and found[0].loss < found[0].history[0]
+        assert found[0].history.shape == (601,) and found[0].loss < found[0].history[0]
     assert errors[128] < 1e-10 and 1e-5 < errors[64] < 0.05
     assert not jax.config.jax_enable_x64 and jnp.ones(1).dtype == jnp.float32
 
@@ -99,14 +99,14 @@ def test_local_steps_of_one_are_a_gradient():
     with jax.enable_x64(True):
         params, message = setting()
         x, y = examples(0, 1)
-        one = attack.steps_message(MODEL, params, 1, 0.1)(x, y)
+        one = jax.jit(attack.steps_message(MODEL, params, 1, 0.1))(x, y)
         assert np.allclose(one, message(x, y), atol=1e-12)
         # by hand
-        u = params
+        u, slope = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), jax.jit(jax.grad(MODEL.loss))
         for _ in range(3):
-            u = jax.tree.map(lambda p, g: p - 0.1 * g, u, jax.grad(lambda p: MODEL.loss(p, x, y))(u))
+            u = jax.tree.map(lambda p, g: p - 0.1 * g, u, slope(u, x, y))
         wanted = (attack.flat(params) - attack.flat(u)) / 0.3
-        assert np.allclose(attack.steps_message(MODEL, params, 3, 0.1)(x, y), wanted, atol=1e-12)
+        assert np.allclose(jax.jit(attack.steps_message(MODEL, params, 3, 0.1))(x, y), wanted, atol=1e-12)
 
 
 def test_labels_are_found_with_the_input():
@@ -116,12 +116,12 @@ def test_labels_are_found_with_the_input():
         _, small = setting(200)
         x, y = examples(3)
         targets = message(x, y), small(x, y)
+        gradient = jax.jit(jax.grad(MODEL.loss))(MODEL.init(jax.random.key(0)), x, y)
     config = AttackConfig(steps=500, restarts=2)
     found = attack.invert(message, targets[0], (8, 8, 1), jax.random.key(1), config=config)
     assert found.label.tolist() == y.tolist()
     found = attack.invert_by_search(small, targets[1], (8, 8, 1), jax.random.key(1), 10, AttackConfig(steps=300))
     assert found.label.tolist() == y.tolist() and recovery.psnr(found.x, SOURCE.test_x[3:4]) > 30
-    gradient = jax.grad(lambda p: MODEL.loss(p, x, y))(MODEL.init(jax.random.key(0)))
     assert attack.label_of_gradient(gradient["2"]["b"]) == int(y[0])
     with pytest.raises(InputError, match="got 2"):
         attack.label_of_gradient(jnp.array([-1.0, -1.0, 2.0]))

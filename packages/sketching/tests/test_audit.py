@@ -25,6 +25,8 @@ def test_errors_by_hand():
     assert np.array_equal(recovery.matched(pool[[2, 0, 1]], pool[:3]), pool[:3])
     # of none of n the upper end is 1 - (level / 2)^(1 / n)
     assert np.allclose(recovery.interval(0, 20), (0, 1 - 0.025 ** (1 / 20)))
+    assert np.allclose(recovery.interval(3, 9), (0.07485, 0.70070), atol=1e-5)
+    assert np.isclose(recovery.at_least(2, 3, 0.1), 3 * 0.01 * 0.9 + 0.001) and recovery.at_least(0, 3, 0.1) == 1
     with pytest.raises(InputError, match="3 of 2"):
         recovery.interval(3, 2)
 

@@ -22,6 +22,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isotone.shared.errors import InputError, check_count
+from isotone.sketching.compiling import fast_jit
 from isotone.sketching.models import Model
 
 METHODS = ("l2", "cosine")
@@ -261,7 +262,7 @@ def _program(
 
         return jax.vmap(start)(*begin)
 
-    return jax.jit(jax.vmap(whole, axes))
+    return fast_jit(jax.vmap(whole, axes))
 
 
 def distance(method: str, sent: Float[Array, " s"], target: Float[Array, " s"]) -> Float[Array, ""]:

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
-from scipy import stats
+from scipy import special
 
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import attack, privacy, recovery
 from isotone.sketching.attack import AttackConfig, Prior
+from isotone.sketching.compiling import fast_jit
 from isotone.sketching.models import Model
 from isotone.sketching.privacy import PrivacyConfig
 from isotone.sketching.sketches import make_sketch
@@ -244,7 +245,7 @@ def _plain(
         found = attack.invert_many(
             *(
                 message,
-                jax.jit(jax.vmap(message))(x, y, context),
+                fast_jit(jax.vmap(message))(x, y, context),
                 pool.x.shape[1:],
                 _keys(pool, config.messages, batch),
             ),
@@ -281,7 +282,7 @@ def _private(pool: _Pool, config: AuditConfig, s: int | None) -> Iterator[tuple[
     with jax.enable_x64(True):
         x, y = jnp.asarray(pool.x[chosen], jnp.float64), jnp.asarray(pool.y[chosen])
         context, keys = _context(pool, which), _keys(pool, config.private_messages, 1)
-        clear, added = jax.jit(
+        clear, added = fast_jit(
             lambda x, y, keys, own: (jax.vmap(message)(x, y, own), config.clip * jax.vmap(noise_of)(keys, own[1]))
         )(x, y, keys, context)
         likeliest = _likeliest(pool, message)
@@ -313,7 +314,7 @@ def _likeliest(pool: _Pool, message: attack.Message) -> Any:
         sent = jax.vmap(lambda x, y: message(x, y, own))(*candidates)
         return jnp.argmin(jnp.sum(jnp.square(sent - target), 1))
 
-    return jax.jit(lambda targets, contexts: jax.lax.map(one, (targets, contexts)))
+    return fast_jit(lambda targets, contexts: jax.lax.map(one, (targets, contexts)))
 
 
 def _keys(pool: _Pool, messages: int, batch: int) -> Array:
@@ -335,7 +336,7 @@ def _judged(
     chance = pool.guess_rate()
     error = float(gap.std(ddof=1) / math.sqrt(len(gap))) if len(gap) > 1 else math.inf
     # one message, or no difference at all, is no evidence
-    below = float(stats.t.cdf(gap.mean() / error, len(gap) - 1)) if 0 < error < math.inf else 1.0
+    below = float(special.stdtr(len(gap) - 1, gap.mean() / error)) if 0 < error < math.inf else 1.0
     return Leak(
         *(s, pool.d, chosen.shape[1], steps, noise),
         mse=float(errors.mean()),
@@ -352,6 +353,6 @@ def _judged(
         low=low,
         high=high,
         chance=chance,
-        p_found=float(stats.binomtest(hits, len(indices), chance, alternative="greater").pvalue),
+        p_found=recovery.at_least(hits, len(indices), chance),
         by_likelihood=by_likelihood,
     )

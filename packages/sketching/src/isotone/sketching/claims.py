@@ -112,10 +112,10 @@ def leak_claims(audits: Mapping[str, Sequence[Row]], inputs: int) -> list[Measur
     return found
 
 
-def private_claims(leaks: Sequence[Row], rows: Sequence[Row], control: float) -> list[Measurement]:
-    """Whether noise ends the attack, with the accuracy at the same epsilon; accuracy by trust; the accountants."""
+def attack_claims(leaks: Sequence[Row], local: Mapping[float, Row], control: float) -> list[Measurement]:
+    """Whether noise ends the attack, with the accuracy at the same epsilon. `local`: `epsilon` and `accuracy` of each
+    noise, of clients that trust nobody."""
     found = []
-    local = {row["noise"]: row for row in rows if row["trust"] == "local"}
     for leak in leaks:
         ratio = leak["mse"] / leak["guess"]
         sent = "the whole vector" if leak["s"] is None else f"{leak['s']} of {leak['d']} numbers"
@@ -129,14 +129,20 @@ def private_claims(leaks: Sequence[Row], rows: Sequence[Row], control: float) ->
             found.append(Measurement(item.claim, item.measured, spread))
             continue
         row = local[leak["noise"]]
-        accuracy = statistics.mean(row["accuracy"])
-        text = f"epsilon {row['epsilon']:g} (accuracy {accuracy:.1f} %), {sent}: the attack fails, neither error below "
+        accuracy = f"{statistics.mean(row['accuracy']):.1f} %" if row["accuracy"] else "not measured"
+        text = f"epsilon {row['epsilon']:g} (accuracy {accuracy}), {sent}: the attack fails, neither error below "
         text += f"the class mean's nor identification above chance at 5 % ({seen})"
         id = f"fails-{row['epsilon']:g}{name}"
         found.append(_claim(id, text, ASKED, "1 = yes", [float(leak["failed"])], 1.0))
         text = f"epsilon {row['epsilon']:g}, {sent}: the attack's error over the class mean's"
         item = _claim(f"error-{row['epsilon']:g}{name}", text, ASKED, "ratio", [ratio])
         found.append(Measurement(item.claim, item.measured, spread))
+    return found
+
+
+def private_claims(rows: Sequence[Row]) -> list[Measurement]:
+    """Accuracy at each epsilon by trust; the accountants side by side."""
+    found = []
     for row in rows:
         epsilon, trust = f"{row['epsilon']:g}", row["trust"]
         word = trust.replace(", not sketched", "-plain")

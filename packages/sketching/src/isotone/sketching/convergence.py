@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from isotone.shared.errors import InputError
+from isotone.sketching.compiling import fast_jit
 from isotone.sketching.data import quadratic
 from isotone.sketching.sketches import Sketch, make_sketch
 from isotone.sketching.theory import Problem, total_ratio
@@ -52,7 +53,7 @@ def descend(
         first = measure(start)[None]
         return jnp.concatenate([first, each]), jnp.concatenate([first, means])
 
-    found = jax.jit(lambda d: jax.lax.map(one, d, batch_size=8))(jnp.arange(draws))
+    found = fast_jit(lambda d: jax.lax.map(one, d, batch_size=8))(jnp.arange(draws))
     return np.asarray(found[0]), np.asarray(found[1])
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from isotone.shared.errors import InputError
 from isotone.sketching.data import ClientData
@@ -183,8 +183,8 @@ def sketch_sensitivity(sketch: Sketch, t: int) -> float:
 def gaussian_delta(epsilon: float, sigma: float, sensitivity: float = 1.0) -> float:
     """The exact delta of one Gaussian release (the analytic Gaussian mechanism)."""
     ratio = sensitivity / sigma
-    first = stats.norm.cdf(ratio / 2 - epsilon / ratio)
-    return float(first - math.exp(epsilon + stats.norm.logcdf(-ratio / 2 - epsilon / ratio)))
+    first = special.ndtr(ratio / 2 - epsilon / ratio)
+    return float(first - math.exp(epsilon + special.log_ndtr(-ratio / 2 - epsilon / ratio)))
 
 
 def gaussian_epsilon(delta: float, sigma: float, sensitivity: float = 1.0) -> float:

@@ -20,6 +20,7 @@ from jax import Array
 
 from isotone.shared.errors import InputError
 from isotone.sketching import federated, privacy
+from isotone.sketching.compiling import fast_jit
 from isotone.sketching.compressors import Compressor
 from isotone.sketching.data import ClientData, Dataset
 from isotone.sketching.federated import fed_algorithm
@@ -112,7 +113,7 @@ def accounts(epsilon: float, delta: float, sampling: float, releases: int, noise
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(fast_jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _run(
     model: Model,
     setting: Setting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy import ndimage, optimize, stats
+from scipy import ndimage, optimize, special
 
 from isotone.shared.errors import InputError
 
@@ -71,5 +71,12 @@ def interval(hits: int, tried: int, level: float = 0.95) -> tuple[float, float]:
     """The exact (Clopper and Pearson's) interval of a rate of which `hits` of `tried` were seen."""
     if not 0 <= hits <= tried or tried < 1:
         raise InputError(f"expected hits from 0 to those tried, got {hits} of {tried}")
-    found = stats.binomtest(hits, tried).proportion_ci(level, "exact")
-    return float(found.low), float(found.high)
+    side = (1 - level) / 2
+    low = 0.0 if hits == 0 else float(special.betaincinv(hits, tried - hits + 1, side))
+    high = 1.0 if hits == tried else float(special.betaincinv(hits + 1, tried - hits, 1 - side))
+    return low, high
+
+
+def at_least(hits: int, tried: int, chance: float) -> float:
+    """How likely `hits` of `tried` or more are where each has the same `chance`."""
+    return 1.0 if hits == 0 else float(special.bdtrc(hits - 1, tried, chance))

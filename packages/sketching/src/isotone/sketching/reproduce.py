@@ -20,7 +20,7 @@ from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run
 from isotone.shared.data import sha256
 from isotone.shared.errors import InputError
-from isotone.sketching import claims, convergence, plots, study
+from isotone.sketching import claims, convergence, plots, privacy, study
 from isotone.sketching.audit import AuditConfig, AuditReport, audit_networks
 from isotone.sketching.data import Dataset, load
 from isotone.sketching.embedding import measure_embedding
@@ -55,7 +55,7 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
     seeds = tuple(run.seeds or setting.seeds)
     identity = {"scale": scale, "version": VERSION, "data": digest, "seeds": list(seeds)}
     log = ArmLog(run.out, identity, run.resume)
-    bounds = (1 + len(setting.problems)) * len(setting.curves)
+    bounds = len(setting.problems) * len(setting.curves) + len(setting.sent)
     steps = len(setting.arms) + len(setting.kinds) + bounds + len(setting.trusts) + len(setting.audits) + 2
     with progress.bar("sketching", steps, run.silent) as bar:
 
@@ -80,7 +80,7 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
         ]
         sent = [
             arm(f"numbers {kind} {s}", draws, partial(convergence.numbers_sent, kind, s, draws))
-            for kind, s in setting.curves
+            for kind, s in setting.sent
         ]
         broken = arm("ablations", None, convergence.ablations)
         audits = {
@@ -96,14 +96,14 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
                 partial(private, source, setting.setting, setting.private, trust, seeds),
             )
         ]
-        noises = [row["noise"] for row in trained if row["trust"] == "local"]
+        noises = {row["noise"]: row for row in trained if row["trust"] == "local"} or _untrained(setting)
         hidden = dataclasses.replace(setting.private_audit, noises=(setting.control, *noises))
         under = arm("attack private", (setting.hidden, hidden), partial(_audit, source, setting, seeds, hidden))
     inputs = int(np.prod(source.x.shape[1:]))
     leaks = {name: found["leaks"] for name, found in audits.items()}
     measurements = claims.federated_claims(rows) + claims.embedding_claims(tables)
     measurements += claims.bound_claims(curves, sent, broken) + claims.leak_claims(leaks, inputs)
-    measurements += claims.private_claims(under["leaks"], trained, setting.control)
+    measurements += claims.attack_claims(under["leaks"], noises, setting.control) + claims.private_claims(trained)
     return Report(
         "sketching",
         "reproduce",
@@ -120,6 +120,13 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
 def _embedding(kind: str, draws: int, d: int = 64, s: int = 16) -> dict[str, Any]:
     found = measure_embedding(make_sketch(kind, d, s), draws, jax.random.key(0))
     return {"kind": kind, "d": d, "s": s, **dataclasses.asdict(found)}
+
+
+def _untrained(setting: Scale) -> dict[float, dict[str, Any]]:
+    """The noise of each epsilon, where no training says how many rounds there are."""
+    mode = setting.private
+    found = [(privacy.calibrate(e, mode.delta, mode.sampling, mode.rounds[-1]), e) for e in mode.epsilons]
+    return {noise: {"noise": noise, "epsilon": epsilon, "accuracy": []} for noise, epsilon in found}
 
 
 def _audit(source: Dataset, setting: Scale, seeds: tuple[int, ...], config: AuditConfig) -> dict[str, Any]:
@@ -155,8 +162,10 @@ def _figures(
         "loss-bytes": plots.against_bytes(rows, "loss"),
         "bounds": plots.convergence(curves),
         "psnr": plots.psnr_by_size(drawn, inputs),
-        "epsilon": plots.accuracy_by_epsilon(trained, float(np.mean([curve[-1] for curve in plain["accuracy"]]))),
     }
+    if trained:
+        final = float(np.mean([curve[-1] for curve in plain["accuracy"]]))
+        figures["epsilon"] = plots.accuracy_by_epsilon(trained, final)
     if len(np.shape(next(iter(next(iter(pictures.values())).values())))) >= 3:
         for sheet, shown in pictures.items():
             figures[f"sheet-{sheet.replace(' ', '-')}"] = plots.sheet(shown)

@@ -23,10 +23,11 @@ _FREE = AttackConfig(restarts=2, bounded=False)
 @dataclass(frozen=True)
 class Scale:
     """`setting` of the federated problem and its `arms`; `draws` of the embedding of each of `kinds`; `curves`: (kind,
-    s) beside the bounds of `problems`, each the mean of `curve_draws`; `audits` of plain messages and the
-    `private_audit`, in which `control` is a noise that hides little; `private` training by each of `trusts`. `judged`:
-    whether the scale is large enough to say what holds. `hidden`: units of the MLP that is attacked, whose weights are
-    not trained."""
+    s) beside the bounds of `problems`, each the mean of `curve_draws`, and `sent`, those whose numbers are counted;
+    `audits` of plain messages and the `private_audit`, in which `control` is a noise that hides little; `private`
+    training by each of `trusts` (where "local" is none of them the attacked noise is that of the last of its rounds).
+    `judged`: whether the scale is large enough to say what holds. `hidden`: units of the MLP that is attacked, whose
+    weights are not trained."""
 
     setting: Setting = Setting()
     arms: tuple[str, ...] = ARMS
@@ -35,6 +36,7 @@ class Scale:
     draws: int = 20_000
     problems: tuple[str, ...] = PROBLEMS
     curves: tuple[tuple[str, int], ...] = (("countsketch", 8), ("srht", 16), ("gaussian", 32), ("srht", 64))
+    sent: tuple[tuple[str, int], ...] = curves
     curve_draws: int = 20
     hidden: int = 32
     audits: tuple[tuple[str, AuditConfig], ...] = (
@@ -56,10 +58,10 @@ SCALES = {
         setting=Setting(plain_rounds=10, looks=5, rates=(4.0,), hidden=8, clients=10),
         arms=("fedavg", "srht"),
         seeds=(0,),
-        kinds=("srht",),
-        draws=200,
+        kinds=(),
         problems=PROBLEMS[:1],
         curves=(("srht", 64),),
+        sent=(),
         curve_draws=5,
         hidden=8,
         audits=(("single", AuditConfig((128,), (1,), (1,), 3, attack=AttackConfig(steps=300))),),
@@ -67,7 +69,7 @@ SCALES = {
             (), (), (), private_messages=4, private_attack=AttackConfig(steps=30, restarts=2), private_sizes=(None,)
         ),
         private=PrivateSetting(epsilons=(8.0,), rounds=(5,), rates=(0.5,)),
-        trusts=("local",),
+        trusts=(),
         judged=False,
     ),
     "cpu": Scale(),

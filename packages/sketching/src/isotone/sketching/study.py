@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from isotone.sketching import federated
+from isotone.sketching.compiling import fast_jit
 from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK
 from isotone.sketching.data import ClientData, Dataset, batch_of, deal
 from isotone.sketching.federated import fed_algorithm
@@ -105,7 +106,7 @@ def local_sgd(model: Model, setting: Setting, rate: Array | float) -> Callable[.
     return update
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(fast_jit, static_argnums=(0, 1, 2, 3))
 def _curves(
     model: Model,
     setting: Setting,
