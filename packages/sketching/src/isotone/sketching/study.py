@@ -137,7 +137,8 @@ def _curves(
 
 def starts(model: Model, seeds: Sequence[int]) -> Any:
     """The weights that every arm of a seed begins with, with a leading axis of seeds."""
-    return jax.jit(jax.vmap(lambda seed: model.init(jax.random.fold_in(jax.random.key(seed), 0))))(jnp.asarray(seeds))
+    each = [model.init(jax.random.fold_in(jax.random.key(seed), 0)) for seed in seeds]
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each)
 
 
 def compare(
