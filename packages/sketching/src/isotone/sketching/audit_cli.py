@@ -151,7 +151,7 @@ def compare(
     concentration: Annotated[float, Opt(help="of the Dirichlet dealing by label")] = 0.5,
     rounds: Annotated[int, Opt(help="rounds of FedAvg, whose bytes every arm may send")] = 60,
     ratio: Annotated[float, Opt(help="times fewer bytes up than the weights have")] = 10.0,
-    rates: Annotated[str, Opt(help="learning rates to choose from, by commas")] = "0.5,1,2,4,8",
+    rates: Annotated[str, Opt(help="learning rates to choose from, by commas")] = "0.1,0.5,1,2,4,8",
 ) -> dict:
     """Accuracy for equal bytes of FedAvg, sketches, top-k, FetchSGD, PowerSGD and QSGD: compare.json and bytes.png."""
     source = load(data)

@@ -41,7 +41,7 @@ class Setting:
     plain_rounds: int = 60
     ratio: float = 10.0
     looks: int = 20
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    rates: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     valid: int = 300
 
 
@@ -57,9 +57,9 @@ def compressors(params: Any, setting: Setting) -> dict[str, Compressor]:
     # an index and a value each
     k = max(1, s // 2)
     found["top-k"] = TopK(d, k, setting.clients)
-    # five rows, and a tenth as many heavy hitters as columns, as its paper has: with more the error in the sketch grows
-    columns = max(1, s // 5)
-    found["fetchsgd"] = FetchSGD(d, max(1, columns // 10), columns)
+    # five rows of s columns and a tenth as many heavy hitters: half the bytes of the weights. With a fifth of the columns,
+    # as many bytes as the others, its error grows without end at any rate or, with 4 heavy hitters, it learns little
+    found["fetchsgd"] = FetchSGD(d, max(1, s // 10), s)
     found["powersgd"] = PowerSGD(tuple(leaf.shape for leaf in leaves), 1)
     found["qsgd"] = QSGD(d, 1)
     return found
