@@ -57,8 +57,8 @@ def compressors(params: Any, setting: Setting) -> dict[str, Compressor]:
     # an index and a value each
     k = max(1, s // 2)
     found["top-k"] = TopK(d, k, setting.clients)
-    # five rows of s columns and a tenth as many heavy hitters: half the bytes of the weights. With a fifth of the columns,
-    # as many bytes as the others, its error grows without end at any rate or, with 4 heavy hitters, it learns little
+    # five rows of s columns and a tenth as many heavy hitters: half the bytes of the weights. With a fifth of the
+    # columns, as many bytes as the others, its error grows without end or, with 4 heavy hitters, it learns little
     found["fetchsgd"] = FetchSGD(d, max(1, s // 10), s)
     found["powersgd"] = PowerSGD(tuple(leaf.shape for leaf in leaves), 1)
     found["qsgd"] = QSGD(d, 1)
