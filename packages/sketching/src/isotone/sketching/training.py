@@ -319,8 +319,7 @@ def _accuracy(model: Model, params: Any, x: Array, y: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _run(algorithm: FedAlgorithm, state: FedState, key: Array, data: Any, rounds: int) -> Any:
-    arrays = ClientData(*data)
-    return jax.lax.scan(lambda s, _: algorithm.round(s, key, arrays), state, length=rounds)
+    return federated.run(algorithm, state, key, ClientData(*data), rounds)
 
 
 def late(key: Array, rounds: np.ndarray, m: int, straggle: float) -> np.ndarray:
