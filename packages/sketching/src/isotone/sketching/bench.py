@@ -72,11 +72,32 @@ def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
     timing = compare(functools.partial(ours, x), functools.partial(theirs, x), rounds=max(6, rounds), device=where)
     seconds = timing.ours_seconds
     peer = ("butterflies, jitted", f"jax {jax.__version__}")
-    found = [Ratio("fwht", f"Walsh-Hadamard transform of 2^{bits}", "blocks of +-1", *peer, seconds, seconds * timing.ratio, "s", 3.0)]
+    found = [
+        Ratio(
+            "fwht",
+            f"Walsh-Hadamard transform of 2^{bits}",
+            "blocks of +-1",
+            *peer,
+            seconds,
+            seconds * timing.ratio,
+            "s",
+            3.0,
+        )
+    ]
     if where == "cpu":
         one = on_one_core(bits)
         found.append(
-            Ratio("fwht-core", f"the same on one core, 2^{bits}", "blocks of +-1", "what was asked", "", one, CORE_MS / 1e3, "s", 1.0)
+            Ratio(
+                "fwht-core",
+                f"the same on one core, 2^{bits}",
+                "blocks of +-1",
+                "what was asked",
+                "",
+                one,
+                CORE_MS / 1e3,
+                "s",
+                1.0,
+            )
         )
     return found
 
@@ -96,7 +117,11 @@ def on_one_core(bits: int) -> float:
         "print(float(np.median(times)))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     return float(done.stdout)
 
@@ -185,7 +210,19 @@ def simulation_rows(clients: int, where: str, rounds: int) -> list[Ratio]:
         from isotone.sketching.training import RunConfig
 
         theirs = simulate(RunConfig(model="mlp", clients=clients, rounds=3, local_steps=5, ratio=10.0), 3)
-        found.append(Ratio("simulation-flower", work, "one program", "Flower's simulation", version("flwr"), seconds, theirs, "s", 10.0))
+        found.append(
+            Ratio(
+                "simulation-flower",
+                work,
+                "one program",
+                "Flower's simulation",
+                version("flwr"),
+                seconds,
+                theirs,
+                "s",
+                10.0,
+            )
+        )
     return found
 
 
@@ -212,4 +249,16 @@ def bytes_rows() -> list[Ratio]:
     ours = measure_bytes(Sketched(make_sketch("srht", d, d // 10)))
     theirs = measure_bytes(Plain(d))
     work = f"one client's update of d = {d:,} over TCP on loopback, all bytes"
-    return [Ratio("bytes-up", work, "a sketch of a tenth", "plain", "", ours.up + ours.headers // 2, theirs.up + theirs.headers // 2, "bytes", 9.9)]
+    return [
+        Ratio(
+            "bytes-up",
+            work,
+            "a sketch of a tenth",
+            "plain",
+            "",
+            ours.up + ours.headers // 2,
+            theirs.up + theirs.headers // 2,
+            "bytes",
+            9.9,
+        )
+    ]

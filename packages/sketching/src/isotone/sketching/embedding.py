@@ -1,8 +1,8 @@
 """How far a sketch is from an isometry, measured: 1 + alpha, and the constant of a coordinate-wise embedding.
 
-R is an a-coordinate-wise embedding where E[g^T R^T R h] = g^T h and E[(g^T R^T R h)^2] <= (g^T h)^2 + (a / s)|g|^2|h|^2 for
-all fixed g and h (section 2.2). On coordinates g = e_i, h = e_j the constant is s Var(R_i . R_j); summed over i, 1 + alpha <= 1
-+ a d / s.
+R is an a-coordinate-wise embedding where E[g^T R^T R h] = g^T h and E[(g^T R^T R h)^2] <= (g^T h)^2 + (a / s)|g|^2|h|^2
+for all fixed g and h (section 2.2). On coordinates g = e_i, h = e_j the constant is s Var(R_i . R_j); summed over i,
+1 + alpha <= 1 + a d / s.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def measure_embedding(sketch: Sketch, draws: int, key: Array, pairs: int = 16) -
         back = jax.vmap(lambda y: sketch.desk(t, y))(left)
         return jnp.sum(left * right, 1), jnp.sum(back**2, 1)
 
-    products, squares = (np.asarray(part, np.float64) for part in jax.jit(lambda t: jax.lax.map(one, t))(jnp.arange(draws)))
+    drawn = jax.jit(lambda rounds: jax.lax.map(one, rounds))(jnp.arange(draws))
+    products, squares = (np.asarray(part, np.float64) for part in drawn)
     gap = products - np.asarray(jnp.sum(g * h, 1), np.float64)
     spread = products.std(0, ddof=1)
     errors = np.maximum(spread, 1e-7) / np.sqrt(draws)
