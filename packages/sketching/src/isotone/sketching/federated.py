@@ -27,7 +27,7 @@ LossFn = Callable[[Any, Any, Any], Array]
 
 
 class FedState(NamedTuple):
-    """`params`; `round`, from 0; the compressor's states; the server optimizer's; `ema_loss` of the newest round."""
+    """`params`; `round`, from 0; the compressor's states of clients and server; the server optimizer's."""
 
     params: Any
     round: Array
@@ -141,6 +141,12 @@ class FedAlgorithm:
         loss = jnp.sum(jnp.where(heard, losses, 0.0)) / jnp.maximum(jnp.sum(heard), 1)
         info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update))
         return FedState(params, state.round + 1, kept, found.server, optimizer), info
+
+
+def run(algorithm: FedAlgorithm, state: FedState, key: Array, data: ClientData, rounds: int) -> Any:
+    """`(state, infos)` after so many rounds, one scan: keys come from `key` and the state's round, so that rounds run
+    in two calls are those of one."""
+    return jax.lax.scan(lambda s, _: algorithm.round(s, key, data), state, length=rounds)
 
 
 def fed_algorithm(

@@ -1,9 +1,9 @@
 """The private mode: clipped per-example gradients, Gaussian noise, and what K T releases of it cost (section 2.6).
 
 Adjacency: add or remove one example. Trust: local by default, every client noises its own steps before anything leaves
-it, so that sketching, averaging and desketching are post-processing and cost nothing. Sampling is Poisson, as
-accounted.
-Noise comes from a key of the client's own, never from the sketch's seed; `jax.random` is not a cryptographic source.
+it, so that sketching, averaging and desketching are post-processing and cost nothing. Sampling is Poisson, as is
+accounted for. Noise comes from a key of the client's own, never from the sketch's seed; `jax.random` is not a
+cryptographic source, and a seed of it has 32 bits.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from isotone.shared.errors import InputError
 from isotone.sketching.data import ClientData
+from isotone.sketching.sketches import Sketch
 
 ORDERS = tuple(1 + k / 10 for k in range(1, 100)) + tuple(range(11, 64)) + (80, 96, 128, 192, 256, 512)
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """`clip` C of an example's gradient; `noise` multiplier sigma: the noise on the sum has deviation sigma C;
-    `rate` q of
-    Poisson sampling; `delta`."""
+    """`clip` C of an example's gradient; `noise` multiplier sigma: the noise on the sum has deviation sigma C; `rate`
+    q of Poisson sampling; `delta`."""
 
     clip: float = 1.0
     noise: float = 1.0
@@ -67,40 +67,66 @@ def private_gradient(
 
     The divisor is the expected batch, not the one drawn, whose size would tell of it.
     """
+    return noised_gradient(loss_fn, params, x, y, there, key, config.clip, config.noise, config.rate)
+
+
+def noised_gradient(
+    loss_fn: Callable[..., Array], params: Any, x: Array, y: Array, there: Array, key: Array,
+    clip: float, noise: Array | float, rate: float,
+) -> Any:  # fmt: skip
+    """`private_gradient` of numbers that may be traced."""
     sample_key, noise_key = jax.random.split(key)
-    chosen = (jax.random.uniform(sample_key, there.shape) < config.rate) & there
+    chosen = (jax.random.uniform(sample_key, there.shape) < rate) & there
 
     def each(one: Array, label: Array, taken: Array) -> Any:
-        gradient = clip_by_norm(jax.grad(loss_fn)(params, one[None], label[None]), config.clip)
+        gradient = clip_by_norm(jax.grad(loss_fn)(params, one[None], label[None]), clip)
         return jax.tree.map(lambda leaf: jnp.where(taken, leaf, 0.0), gradient)
 
     total = jax.tree.map(lambda leaves: jnp.sum(leaves, 0), jax.vmap(each)(x, y, chosen))
-    leaves, tree = jax.tree.flatten(total)
-    keys = jax.random.split(noise_key, len(leaves))
+    expected = rate * jnp.sum(there)
+    return jax.tree.map(lambda leaf: leaf / expected, with_noise(total, noise_key, noise * clip))
+
+
+def with_noise(tree: Any, key: Array, deviation: Array | float) -> Any:
+    """The tree with normal noise of that deviation on every number; `key` is to be its owner's alone."""
+    leaves, structure = jax.tree.flatten(tree)
+    # one draw for all leaves: half as long to compile as one for each
+    drawn = jax.random.normal(key, (sum(leaf.size for leaf in leaves),))
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     noised = [
-        leaf + config.noise * config.clip * jax.random.normal(k, leaf.shape)
-        for leaf, k in zip(leaves, keys, strict=True)
+        leaf + deviation * part.reshape(leaf.shape).astype(leaf.dtype)
+        for leaf, part in zip(leaves, jnp.split(drawn, ends), strict=True)
     ]
-    expected = config.rate * jnp.sum(there)
-    return jax.tree.map(lambda leaf: leaf / expected, jax.tree.unflatten(tree, noised))
+    return jax.tree.unflatten(structure, noised)
 
 
 def private_local(
-    loss_fn: Callable[..., Array], config: PrivacyConfig, local_steps: int, rate: float, seed: int
+    loss_fn: Callable[..., Array],
+    config: PrivacyConfig,
+    local_steps: int,
+    rate: float | Array,
+    seed: int | Array,
+    *,
+    clients: int = 1,
+    noise: Array | None = None,
 ) -> Callable[..., Any]:
     """K private steps of one client, for `fed_algorithm(local_update=...)`.
 
     `seed`: of the clients' own noise; a client's key is made of it and its number, and must be known to it alone.
+    `clients`: above 1, the central variant: each adds the sqrt(clients)-th part of the noise, and only the sum, as
+    secure aggregation makes it, is as noisy as `config` says (K = 1 alone, weighed by size). `noise`: a traced
+    multiplier in place of the config's.
     """
+    multiplier = (config.noise if noise is None else noise) / math.sqrt(clients)
 
     def update(params: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
-        own = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), client), jax.random.bits(key))
+        own = _own_key(seed, client, key)
         there = jnp.arange(data.y.shape[1]) < data.size[client]
+        x, y = data.x[client], data.y[client]
 
         def step(carry: Any, number: Array) -> tuple[Any, None]:
-            gradient = private_gradient(
-                loss_fn, carry, data.x[client], data.y[client], there, jax.random.fold_in(own, number), config
-            )
+            key = jax.random.fold_in(own, number)
+            gradient = noised_gradient(loss_fn, carry, x, y, there, key, config.clip, multiplier, config.rate)
             return jax.tree.map(lambda p, g: p - rate * g, carry, gradient), None
 
         after, _ = jax.lax.scan(step, params, jnp.arange(local_steps))
@@ -110,10 +136,45 @@ def private_local(
     return update
 
 
+def private_client(
+    local_update: Callable[..., Any], clip: float, noise: float | Array, clients: int, seed: int | Array
+) -> Callable[..., Any]:
+    """Client-level privacy of any `local_update`: its whole difference clipped to `clip`, and noise on it.
+
+    Adjacency: add or remove one client, one release a round. Each of the `clients` in a round adds the sqrt(clients)-th
+    part of the noise: the sum, which is all that secure aggregation shows, has deviation noise * clip.
+    """
+
+    def update(params: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
+        delta, _ = local_update(params, key, data, client)
+        own = _own_key(seed, client, key)
+        return with_noise(clip_by_norm(delta, clip), own, noise * clip / math.sqrt(clients)), jnp.zeros(())
+
+    return update
+
+
+def _own_key(seed: int | Array, client: Array, key: Array) -> Array:
+    """A client's own key of a round: of the seed it alone knows; the round's public key only tells rounds apart."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), client), jax.random.bits(key))
+
+
 def sketch_noise(noise: float, d: int, s: int) -> float:
     """sigma_s of noise added after a sketch whose R R^T is (d/s) I, with which it has the distribution of noise sigma
     before it: s normals in place of d (section 2.6)."""
     return noise * math.sqrt(d / s)
+
+
+def sketch_sensitivity(sketch: Sketch, t: int) -> float:
+    """|R_t|_2, by which noise after the sketch must grow to be as private as noise before it (R is public).
+
+    Never from below: rows of a transform are a part of an orthogonal matrix; the largest bucket of CountSketch is
+    exact; the others are taken from the matrix itself, s d numbers.
+    """
+    if sketch.kind in ("identity", "srht", "rand-k", "countsketch"):
+        if sketch.kind == "srht":
+            return math.sqrt(sketch.padded / sketch.s)
+        return float(sketch.spectral_norm(t))
+    return float(np.linalg.norm(np.asarray(sketch.matrix(t), np.float64), 2))
 
 
 # --- what it costs ------------------------------------------------------------------------------------------------
@@ -122,8 +183,8 @@ def sketch_noise(noise: float, d: int, s: int) -> float:
 def gaussian_delta(epsilon: float, sigma: float, sensitivity: float = 1.0) -> float:
     """The exact delta of one Gaussian release (the analytic Gaussian mechanism)."""
     ratio = sensitivity / sigma
-    first = stats.norm.cdf(ratio / 2 - epsilon / ratio)
-    return float(first - math.exp(epsilon + stats.norm.logcdf(-ratio / 2 - epsilon / ratio)))
+    first = special.ndtr(ratio / 2 - epsilon / ratio)
+    return float(first - math.exp(epsilon + special.log_ndtr(-ratio / 2 - epsilon / ratio)))
 
 
 def gaussian_epsilon(delta: float, sigma: float, sensitivity: float = 1.0) -> float:
@@ -153,7 +214,7 @@ def advanced_composition(epsilon: float, delta: float, releases: int, slack: flo
     return total, releases * delta + slack
 
 
-def subsampled_rdp(rate: float, noise: float, order: float) -> float:
+def subsampled_rdp(rate: float, noise: float, order: float | int) -> float:
     """Renyi divergence of `order` of one Poisson-subsampled Gaussian release (Mironov, Talwar and Zhang 2019).
 
     Whole orders by their binomial sum, others by the series of erfc terms; rate 1 gives order / (2 sigma^2).
@@ -171,34 +232,66 @@ def subsampled_rdp(rate: float, noise: float, order: float) -> float:
 
 
 def _fractional(rate: float, noise: float, order: float) -> float:
-    """log E of a fractional order: both series until their terms vanish."""
+    """log E of a fractional order: both series, in blocks that double, until their terms vanish."""
     turn = noise**2 * math.log(1 / rate - 1) + 0.5
-    logs, signs = [], []
-    for i in range(4096):
-        coefficient = special.binom(order, i)
-        log = math.log(abs(coefficient))
+    total, sign, start, size = -math.inf, 1.0, 0, 256
+    while start < 1 << 22:
+        i = np.arange(start, start + size)
         j = order - i
-        low = log + i * math.log(rate) + j * math.log1p(-rate) + (i * i - i) / (2 * noise**2)
-        low += _log_erfc((i - turn) / (math.sqrt(2) * noise)) - math.log(2)
-        high = log + j * math.log(rate) + i * math.log1p(-rate) + (j * j - j) / (2 * noise**2)
-        high += _log_erfc((turn - j) / (math.sqrt(2) * noise)) - math.log(2)
-        logs += [low, high]
-        signs += [np.sign(coefficient)] * 2
-        if i > order and max(low, high) < -40 + max(logs):
+        # the generalised binomial coefficient, whose sign turns with each i past the order
+        coefficient = special.gammaln(order + 1) - special.gammaln(i + 1) - special.gammaln(j + 1)
+        low = coefficient + i * math.log(rate) + j * math.log1p(-rate) + (i * i - i) / (2 * noise**2)
+        low += _log_half_erfc((i - turn) / (math.sqrt(2) * noise))
+        high = coefficient + j * math.log(rate) + i * math.log1p(-rate) + (j * j - j) / (2 * noise**2)
+        high += _log_half_erfc((turn - j) / (math.sqrt(2) * noise))
+        signs = special.gammasgn(j + 1)
+        logs, weights = np.concatenate([[total], low, high]), np.concatenate([[sign], signs, signs])
+        total, sign = special.logsumexp(logs, b=weights, return_sign=True)
+        start, size = start + size, 2 * size
+        # terms alternate beyond the order: what is left out is below the last one
+        if start > order + 1 and max(low[-1], high[-1]) < total - 30:
             break
-    value, sign = special.logsumexp(logs, b=signs, return_sign=True)
-    return float(value) if sign > 0 else math.inf
+    return float(total) if sign > 0 else math.inf
 
 
-def _log_erfc(x: float) -> float:
-    return math.log(2) + float(special.log_ndtr(-x * math.sqrt(2)))
+def _log_half_erfc(x: np.ndarray) -> np.ndarray:
+    return special.log_ndtr(-x * math.sqrt(2))
+
+
+def theorem_sigma(
+    epsilon: float, delta: float, rate: float, local_steps: int, rounds: int, sensitivity: float = 1.0
+) -> float:
+    """The noise multiplier of the theorem's shape (section 2.6): amplification by subsampling of each step, advanced
+    composition over K T steps, parallel composition over the clients, whose data are disjoint.
+
+    Half of delta is the composition's slack; each step has the classical Gaussian's sigma at the epsilon and delta that
+    are left to it. The constants are not the paper's, which are not known: compare with `calibrate`.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0) or local_steps < 1 or rounds < 1:
+        raise InputError(f"expected a finite epsilon above 0 and steps of 1 or more, got {epsilon}")
+    _check(1.0, delta)
+    if not 0 < rate <= 1:
+        raise InputError(f"expected a sampling rate in (0, 1], got {rate}")
+    steps, slack = local_steps * rounds, delta / 2
+    low, high = 0.0, epsilon
+    for _ in range(200):
+        middle = (low + high) / 2
+        if advanced_composition(middle, 0.0, steps, slack)[0] <= epsilon:
+            low = middle
+        else:
+            high = middle
+    # a step that sees a share q of the data: eps' = ln(1 + q (e^eps - 1)), delta' = q delta
+    own = math.log1p(math.expm1(low) / rate)
+    share = min(0.5, delta / 2 / steps / rate)
+    # the classical sigma is proved below 1; a larger epsilon is served by it too
+    return classical_sigma(min(own, 0.999), share, sensitivity)
 
 
 @dataclass
 class Accountant:
     """Releases of a Poisson-subsampled Gaussian, composed by Renyi divergence; `epsilon(delta)` of all of them.
 
-    With `pld`, dp-accounting's privacy loss distributions (extra `accounting`), which are tighter.
+    `pld_epsilon`: by dp-accounting's privacy loss distributions, which are tighter, where that is installed.
     """
 
     rate: float
@@ -216,7 +309,7 @@ class Accountant:
         self.releases += releases
         self.ledger.append((what, releases))
 
-    def epsilon(self, delta: float, orders: Sequence[float] = ORDERS) -> float:
+    def epsilon(self, delta: float, orders: Sequence[float | int] = ORDERS) -> float:
         """By Renyi divergence, converted as in Canonne, Kamath and Steinke (2020), the best of `orders`."""
         _check(self.noise, delta)
         if not self.releases:
@@ -234,7 +327,9 @@ class Accountant:
             import dp_accounting
             from dp_accounting.pld import PLDAccountant
         except ImportError:
-            raise InputError("expected dp-accounting for privacy loss distributions (extra accounting)") from None
+            raise InputError(
+                "expected dp-accounting for privacy loss distributions (pip install dp-accounting)"
+            ) from None
         accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
         event: Any = dp_accounting.GaussianDpEvent(self.noise)
         if self.rate < 1:

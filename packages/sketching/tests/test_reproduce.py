@@ -1,0 +1,175 @@
+"""The study, the bounds, private training, claims and verbs, at tiny sizes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import typer
+
+from isotone.shared.cli import Run
+from isotone.shared.errors import InputError
+from isotone.shared.testing import run_cli
+from isotone.sketching import claims, convergence, private_study, reproduce, study
+from isotone.sketching.attack import AttackConfig
+from isotone.sketching.audit import AuditConfig
+from isotone.sketching.audit_cli import register
+from isotone.sketching.data import digits
+from isotone.sketching.models import make_model
+from isotone.sketching.scales import SCALES
+from isotone.sketching.weights import named, save_weights
+
+SMALL = study.Setting("linear", clients=3, plain_rounds=4, looks=2, rates=(1e-4, 1.0), valid=100)
+
+
+def test_an_arm_takes_the_better_rate_and_sends_its_bytes():
+    """As many as FedAvg's four rounds; the accuracy is of the test split."""
+    row = study.compare(digits(), SMALL, "srht", (0, 1), (100,))
+    assert np.shape(row["accuracy"]) == (2, 2) and np.shape(row["loss"]) == (2, 2)
+    assert 0.9 < row["bytes"][-1] / (4 * 8 * 650) <= 1 and row["bytes"][0] * 2 == row["bytes"][1]
+    assert row["accuracy"][0][-1] > 50 and row["rate"] == 1.0 and row["scores"]["1.0"] > 0.5
+    assert study.bytes_to(row, 0.0) == row["bytes"][0] and study.bytes_to(row, 101.0) is None
+
+
+def test_every_arm_is_cheap():
+    params, arms = make_model("mlp", (8, 8, 1), 10).init(jax.random.key(0)), SCALES["cpu"].arms
+    made = study.compressors(params, SMALL)
+    assert list(made) == list(arms)
+    d = made["fedavg"].d
+    assert all(made[arm].bytes_up <= 4 * d / 5 for arm in arms if arm not in ("fedavg", "fetchsgd"))
+    assert made["fetchsgd"].bytes_up + made["fetchsgd"].bytes_down <= 8 * d / 3
+    assert all(made[arm].bytes_up + made[arm].bytes_down <= 8 * d / 10 for arm in ("srht", "countsketch", "rand-k"))
+
+
+@pytest.mark.parametrize("problem", convergence.PROBLEMS)
+def test_measured_convergence_is_inside_the_bound(problem):
+    found = convergence.measured(problem, "srht", 8, draws=8, d=32)
+    assert found["inside"] and found["value"][-1] < found["value"][0] and len(found["bound"]) == len(found["value"])
+
+
+def test_numbers_sent():
+    """Through the identity they are gradient descent's; the promise is (1 + alpha) s / d."""
+    whole = convergence.numbers_sent("identity", 32, draws=2, d=32)
+    assert whole["equal"] == 1 and whole["promised"] == 1 and whole["guaranteed"] <= 1
+    half = convergence.numbers_sent("srht", 16, draws=8, d=32)
+    assert half["promised"] == 1 and 0.8 < half["equal"] < 1.6 and half["most"] == 47 / 32
+    with pytest.raises(InputError, match="concave"):
+        convergence.measured("concave", "srht", 8)
+
+
+def test_what_goes_wrong_goes_wrong():
+    found = convergence.ablations(d=64, s=8)
+    assert found["fixed"] > 0.3 and found["large"] > 1e3
+
+
+def test_private_training():
+    """A huge epsilon trains, and what it costs is what was asked for."""
+    mode = private_study.PrivateSetting(epsilons=(1e3,), rounds=(30,), rates=(2.0,), sampling=0.5)
+    setting = dataclasses.replace(SMALL, ratio=1.0)
+    (row,) = private_study.private(digits(), setting, mode, "client", (0,))
+    assert row["accuracy"][0] > 40 and row["releases"] == 30 and 990 < row["rdp"] <= 1e3
+    assert claims.private_claims([row])[0].measured == row["accuracy"][0]
+    assert row["theorem"] > row["noise"] and row["sampling"] == 1.0
+    with pytest.raises(InputError, match="nobody"):
+        private_study.private(digits(), setting, mode, "nobody", (0,))
+
+
+def test_the_reproduction_runs_and_resumes(tmp_path, monkeypatch):
+    run = Run(tmp_path, device="cpu", quiet=True)
+    report = reproduce.reproduce("smoke", run)
+    found = {m.claim.id: m for m in report.measurements}
+    wanted = {
+        "equal-srht",
+        "cheap-srht",
+        "bytes-fedavg",
+        "inside-strongly-convex",
+        "psnr-128-b1-k1",
+        "fails-8",
+    }
+    assert wanted <= set(found) and len(found) == len(report.measurements)
+    assert found["cheap-srht"].held is None and found["psnr-128-b1-k1"].measured > 25
+    sheets = {"sheet-batch-1", "sheet-private"}
+    assert set(report.figures) == {"accuracy-bytes", "loss-bytes", "bounds", "psnr"} | sheets
+    report.save(tmp_path)
+    monkeypatch.setattr(study, "compare", lambda *args: pytest.fail("run again"))
+    again = reproduce.reproduce("smoke", run)
+    assert [m.measured for m in again.measurements] == [m.measured for m in report.measurements]
+    for scale, words in (("huge", "huge"), ("gpu", "GPU")):
+        with pytest.raises(InputError, match=words):
+            reproduce.reproduce(scale, run)
+
+
+def leak(**more):
+    row = {"s": None, "d": 100, "batch": 1, "local_steps": 1, "noise": None, "mse": 0.01, "median": 1e-12, "psnr": 90.0,
+           "ssim": 1.0, "guess": 0.05, "gap": -0.04, "gap_error": 0.001, "p_below": 0.0, "found": 3, "tried": 3,
+           "pool": 50, "low": 0.3, "high": 1.0, "chance": 0.02, "p_found": 0.0, "by_likelihood": 3}  # fmt: skip
+    return {**row, "failed": False, **more}
+
+
+def test_claims_by_hand():
+    def row(arm, up, final):
+        return {"arm": arm, "clients": 20, "bytes_up": up, "bytes_down": up, "accuracy": [[50.0, final], [60.0, final]],
+                "bytes": [1000, 2000], "rounds": 2, "rate": 0.1}  # fmt: skip
+
+    rows = [row("fedavg", 100, 90.0), row("srht", 10, 89.5), row("qsgd", 20, 80.0)]
+    found = {m.claim.id: m for m in claims.federated_claims(rows)}
+    assert found["equal-srht"].measured == -0.5 and found["equal-srht"].held and found["equal-qsgd"].held is None
+    assert found["cheap-srht"].measured == 10 and found["cheap-srht"].held and found["bytes-srht"].measured == 2.0
+    assert found["bytes-qsgd"].measured is None
+    worse = {m.claim.id: m for m in claims.federated_claims([rows[0], row("srht", 11, 88.9)])}
+    assert worse["equal-srht"].held is False and worse["cheap-srht"].held is False
+    audits = {"single": [leak(), leak(s=64, median=1e-3), leak(s=128, median=1e-9)], "steps": [leak(local_steps=5)]}
+    found = {m.claim.id: m for m in claims.leak_claims(audits, 64)}
+    assert found["error-all-b1-k1"].held and found["error-64-b1-k1"].held and not found["error-128-b1-k1"].held
+    assert "error-all-b1-k5" not in found and found["psnr-all-b1-k5"].measured == 90
+    trained = {"trust": "local", "epsilon": 8.0, "noise": 2.0, "accuracy": [30.0, 32.0], "delta": 1e-5, "releases": 9,
+               "pld": None, "rdp": 7.9, "theorem": 14.0, "sampling": 0.2}  # fmt: skip
+    leaks = [leak(noise=0.02), leak(noise=2.0, failed=True, mse=0.05), leak(noise=2.0, s=50)]
+    measured = claims.attack_claims(leaks, {2.0: trained}, 0.02) + claims.private_claims([trained])
+    found = {m.claim.id: m for m in measured}
+    assert found["fails-8"].held and found["fails-8-s50"].held is False and "31.0 %" in found["fails-8"].claim.statement
+    assert found["control"].held is None and found["noise-local-8"].measured == 7
+
+
+def test_verbs(tmp_path):
+    app = typer.Typer(name="sketching")
+    register(app)
+
+    def run(*argv):
+        done = run_cli(app, [*argv, "--json"], tmp_path)
+        assert done.code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    found = run("account", "--noise", "1.5", "--rounds", "10")
+    assert found["releases"] == 50 and 0 < found["epsilon (Renyi)"] < 10
+    assert run("account", "--epsilon", "2", "--rounds", "10")["epsilon (Renyi)"] <= 2
+    params = make_model("mlp", (8, 8, 1), 10, 8).init(jax.random.key(5))
+    save_weights(tmp_path / "mine.safetensors", params)
+    np.savez(tmp_path / "mine.npz", **named(params))
+    tiny = ["attack", "--hidden", "8", "--messages", "1", "--steps", "20", "--restarts", "1"]
+    mine = [run(*tiny, "--weights", f"mine.{kind}", "--out", kind) for kind in ("safetensors", "npz")]
+    assert next(iter(mine[0])).startswith("whole")
+    rows = [json.loads((tmp_path / kind / "attack.json").read_text())[0] for kind in ("safetensors", "npz")]
+    assert rows[0] == rows[1] and rows[0]["tried"] == 1
+    assert (tmp_path / "npz" / "attack-batch-1.png").stat().st_size > 1000
+    argv = ["compare", "--model", "linear", "--arms", "fedavg", "--clients", "3", "--rounds", "2", "--rates", "1"]
+    assert "%" in run(*argv, "--out", "c")["fedavg"] and (tmp_path / "c" / "bytes.png").is_file()
+    for argv, words in (
+        (["account"], "neither"),
+        (["account", "--noise", "1", "--epsilon", "1"], "both"),
+        (["account", "--noise", "1", "--delta", "2"], "delta"),
+        (["account", "--noise", "1", "--rounds", "0"], "rounds"),
+        (["compare", "--arms", "pigeons"], "pigeons"),
+        (["compare", "--rounds", "0"], "rounds"),
+        (["audit", "--sizes", "many"], "many"),
+        (["audit", "--noises", "-1"], "-1"),
+        (["attack", "--weights", "missing.npz"], "missing.npz"),
+        (["attack", "--weights", "mine.npz"], "mine.npz"),
+        (["attack", "--size", "100000"], "100000"),
+        (["attack", "--optimizer", "sgd"], "sgd"),
+        (["reproduce", "--scale", "huge"], "huge"),
+    ):
+        done = run_cli(app, argv, tmp_path)
+        assert done.code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert AuditConfig().attack == AttackConfig(restarts=2)
