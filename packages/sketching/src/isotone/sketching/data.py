@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from isotone.shared.errors import InputError
 @dataclass(frozen=True)
 class ClientData:
     """`x` (clients, most, *shape), `y` (clients, most), `size` (clients,): how many of each are there; the rest of a
-    row repeats its first examples and is never counted."""
+    row repeats its first examples and is never counted. A pytree, so that rounds are jitted with it as an argument."""
 
     x: Float[Array, "clients most ..."]
     y: Int[Array, "clients most"]
@@ -30,6 +32,16 @@ class ClientData:
 
     def __len__(self) -> int:
         return len(self.size)
+
+
+def _client_data(names: Any, leaves: Iterable[Any]) -> ClientData:
+    # not through __init__: what JAX puts in the leaves' place is not always an array
+    made = object.__new__(ClientData)
+    made.__dict__.update(zip(("x", "y", "size"), leaves, strict=True))
+    return made
+
+
+jax.tree_util.register_pytree_node(ClientData, lambda data: ((data.x, data.y, data.size), None), _client_data)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ def quadratic(
     )
 
 
-def batch_of(data: ClientData, key: Array, client: Array, n: int) -> tuple[Array, Array]:
+def batch_of(data: ClientData, key: Array, client: Array | int, n: int) -> tuple[Array, Array]:
     """n examples of one client, with replacement."""
     places = jax.random.randint(key, (n,), 0, data.size[client])
     return data.x[client, places], data.y[client, places]

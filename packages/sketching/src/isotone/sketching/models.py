@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from isotone.shared.errors import InputError
@@ -31,11 +32,11 @@ class Model:
     init: Callable[[Array], Any]
     apply: Callable[[Any, Array], Array]
 
-    def loss(self, params: Any, x: Float[Array, "n ..."], y: Int[Array, " n"]) -> Float[Array, ""]:
+    def loss(self, params: Any, x: Float[ArrayLike, "n ..."], y: Int[ArrayLike, " n"]) -> Float[Array, ""]:
         """Mean cross-entropy, nats."""
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y))
 
-    def accuracy(self, params: Any, x: Float[Array, "n ..."], y: Int[Array, " n"]) -> Float[Array, ""]:
+    def accuracy(self, params: Any, x: Float[ArrayLike, "n ..."], y: Int[ArrayLike, " n"]) -> Float[Array, ""]:
         """Share of right answers."""
         return jnp.mean(jnp.argmax(self.apply(params, x), -1) == y)
 
