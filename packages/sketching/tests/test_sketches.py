@@ -1,8 +1,8 @@
 """sk and desk: unbiased, with the variance of the table, linear, adjoint, the same everywhere (section 7, 1 to 8).
 
-Every kind is compiled once for each of two sizes: `Drawn.at` gives, for a batch of rounds, R_t of some vectors and R_t^T
-of all unit vectors, in float64. Statistical bounds are standard errors: at 4.5 of them a right sketch fails in 1 of
-100,000 checks, at 6, where thousands of entries are looked at, in 1 of 100,000 tests.
+Every kind is compiled once for each of two sizes: `Drawn.at` gives, for a batch of rounds, R_t of some vectors and
+R_t^T of all unit vectors, in float64. Statistical bounds are standard errors: at 4.5 of them a right sketch fails in 1
+of 100,000 checks, at 6, where thousands of entries are looked at, in 1 of 100,000 tests.
 """
 
 import functools
@@ -22,7 +22,7 @@ from isotone.sketching.hadamard import fwht, next_power
 from isotone.sketching.sketches import KINDS, Sketch, make_sketch, variance
 from isotone.sketching.trees import block_seed, tree_sketch
 
-DRAWS, CHUNK = 4000, 500
+DRAWS, CHUNK = 2000, 250
 # at 64 into 16 all scales are powers of two; 50 is padded, and 12 rows are no power of two
 SIZES = {64: 16, 50: 12}
 CASES = [(kind, d) for kind in KINDS for d in SIZES if d == 64 or kind not in ("sparse", "ams", "identity")]
@@ -86,7 +86,7 @@ def test_unbiased(drawn):
 
 def test_moment_and_variance_of_the_table(drawn):
     """1 + alpha of a dense and of a sparse vector, and Var(g^T R^T R h), within 4.5 standard errors, which are below
-    2 % and 6 %; and no variance above the theory's (2 / s)|g|^2 |h|^2 but that of coordinates, rand-k."""
+    3 % and 8 %; and no variance above the theory's (2 / s)|g|^2 |h|^2 but that of coordinates, rand-k."""
     g, h = (np.asarray(normal(drawn.d, seed=seed), np.float64) for seed in (1, 2))
     few = np.where(np.arange(drawn.d) < 2, g, 0.0)
     for x in (g, few):
@@ -94,7 +94,7 @@ def test_moment_and_variance_of_the_table(drawn):
         moments = (back**2).sum(1) / (x @ x)
         error = moments.std() / math.sqrt(DRAWS)
         assert abs(moments.mean() - (1 + drawn.sketch.alpha)) <= 4.5 * error + 1e-5
-        assert error < 0.02 * (1 + drawn.sketch.alpha) or x is few
+        assert error < 0.03 * (1 + drawn.sketch.alpha) or x is few
     assert drawn.sketch.eta_g == pytest.approx(1 / (1 + drawn.sketch.alpha))
     if drawn.kind == "srht" and drawn.d != drawn.sketch.padded:
         return  # the formula is for powers of two
@@ -102,7 +102,7 @@ def test_moment_and_variance_of_the_table(drawn):
     products = ((drawn.matrices @ g) * (drawn.matrices @ h)).sum(1)
     squares = (products - products.mean()) ** 2
     error = squares.std() / math.sqrt(DRAWS)
-    assert abs(squares.mean() - exact) <= 4.5 * error + 1e-9 and error <= 0.06 * exact + 1e-9
+    assert abs(squares.mean() - exact) <= 4.5 * error + 1e-9 and error <= 0.08 * exact + 1e-9
     if drawn.kind != "rand-k":
         assert exact <= 2 / drawn.s * (g @ g) * (h @ h)
 
@@ -185,6 +185,8 @@ def test_alike_alone_in_batches_and_on_several_devices(kind):
     each = jax.vmap(sketch.sk)
     spread = jax.shard_map(each, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     assert np.allclose(jax.jit(spread)(rounds, x), loop, atol=1e-5)
+
+
 _sk = jax.jit(lambda sketch, t, x: sketch.sk(t, x), static_argnums=0)
 
 
@@ -200,7 +202,7 @@ def test_another_seed_is_another_sketch(kind):
 
 @pytest.mark.parametrize("kind", ["identity", "countsketch", "gaussian"])
 def test_embeddings_are_the_theorys(kind):
-    """Of random and of coordinate vectors: 1 + alpha within 4 standard errors of 2,000 draws, the constant at most 2."""
+    """Random and coordinate vectors: 1 + alpha within 4 standard errors of 2,000 draws, the constant at most 2."""
     found = measure_embedding(make_sketch(kind, 32, 8), 2000, jax.random.key(0))
     assert abs(found.alpha - found.alpha_theory) <= 4 * found.alpha_error + 1e-6
     assert found.a - 4 * found.a_error <= 2 and found.bias < 4.5
