@@ -30,7 +30,8 @@ def stream(seed: int, round: Array | int, purpose: int) -> UInt32[Array, " 2"]:
     first = mix(first ^ jnp.uint32((seed >> 32) & 0xFFFFFFFF))
     first = mix(first + jnp.asarray(round).astype(jnp.uint32) * jnp.uint32(_GOLDEN))
     first = mix(first ^ jnp.uint32(purpose * 0x85EBCA6B & 0xFFFFFFFF))
-    return jnp.stack([first, mix(first + jnp.uint32(_GOLDEN))])
+    # mixed twice: mixed once, it would be what `words` makes of the first word and the index 1, and cancel there
+    return jnp.stack([first, mix(mix(first + jnp.uint32(_GOLDEN)) ^ jnp.uint32(0x6A09E667))])
 
 
 def words(key: UInt32[Array, " 2"], index: UInt32[Array, ...]) -> UInt32[Array, ...]:

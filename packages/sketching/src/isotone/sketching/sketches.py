@@ -18,10 +18,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from isotone.shared.errors import InputError
-from isotone.sketching import hashing
+from isotone.sketching import blocks, hashing
 from isotone.sketching.hadamard import fwht, next_power
 
-KINDS = ("srht", "srht-replace", "countsketch", "sparse", "gaussian", "ams", "rand-k", "identity")
+KINDS = (
+    *("srht", "srht-replace", "countsketch-blocks", "countsketch", "sparse", "gaussian", "ams", "rand-k", "identity"),
+)
 _SIGNS, _ROWS, _DENSE = 1, 2, 3
 _TILE = 1 << 22
 """Entries of a dense R that are drawn at a time: it is never whole in memory."""
@@ -32,8 +34,13 @@ class Sketch:
     """A family R_t in R^{s x d}.
 
     `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' the next power of two),
-    "srht-replace", "countsketch" (one +-1 a column), "sparse" (`q` of them a column, one in each of q blocks of rows),
-    "gaussian", "ams" (dense +-1), "rand-k" (coordinates, scaled by d/s: a baseline), "identity".
+    "srht-replace", "countsketch" (one +-1 a column), "countsketch-blocks" (the same of less variance and the fastest, see
+    `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1), "rand-k"
+    (coordinates, scaled by d/s: a baseline), "identity".
+
+    `ordered`: "countsketch" and "sparse" add each row's numbers in an order that is always the same, for a sort of d
+    numbers; on a GPU, where otherwise whichever comes first is added first, it makes runs repeatable bit for bit. All
+    other kinds are.
 
     Raises `InputError` on an unknown kind, s below 1, s above d' for rows without replacement (above d for "rand-k"),
     q that does not divide s, and an identity with s other than d.
@@ -44,6 +51,7 @@ class Sketch:
     s: int
     seed: int = 0
     q: int = 4
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,7 +77,8 @@ class Sketch:
     def alpha(self) -> float:
         """1 + alpha = E|R^T R x|^2 / |x|^2, exact for every x (section 2.2): the variance factor of the step.
 
-        For the transforms it is that of x padded to d' and cut to d again, which keeps part of the noise out.
+        For the transforms it is that of x padded to d' and cut to d again, which keeps part of the noise out; of blocks
+        it is the largest over x, less than d / s^2 too much for any.
         """
         d, s = self.d, self.s
         if self.kind == "identity":
@@ -81,6 +90,10 @@ class Sketch:
         if self.kind == "srht":
             # the noise off the diagonal is spread evenly over the other d' - 1 coordinates
             return 0.0 if d == 1 else (d - 1) / (self.padded - 1) * (self.padded / s - 1)
+        if self.kind == "countsketch-blocks":
+            # what the numbers of the last block, which is the shortest, meet
+            count, width = blocks.shape(d, s)
+            return (count - 1) * width / s
         return (d - 1) / s
 
     @property
@@ -99,11 +112,12 @@ class Sketch:
             return turned[self._rows(t)] / math.sqrt(self.s)
         if self.kind == "rand-k":
             return x[self._rows(t)] * math.sqrt(self.d / self.s)
+        if self.kind == "countsketch-blocks":
+            return blocks.sk(self.seed, t, x, self.s)
         if self.kind in ("countsketch", "sparse"):
-            found = jnp.zeros(self.s, x.dtype)
-            for rows, values in self._columns(t, x.dtype):
-                found = found.at[rows].add(values * x)
-            return found
+            add = _add_in_order if self.ordered else _add
+            parts = [add(rows, values * x, self.s) for rows, values in self._columns(t, x.dtype)]
+            return sum(parts[1:], parts[0])
         return self._tiles(t, x, across=False)
 
     def desk(self, t: Array | int, y: Float[Array, " s"]) -> Float[Array, " d"]:
@@ -117,6 +131,8 @@ class Sketch:
             return (fwht(spread) * self._signs(t, self.padded, y.dtype))[: self.d]
         if self.kind == "rand-k":
             return jnp.zeros(self.d, y.dtype).at[self._rows(t)].set(y * math.sqrt(self.d / self.s))
+        if self.kind == "countsketch-blocks":
+            return blocks.desk(self.seed, t, y, self.d)
         if self.kind in ("countsketch", "sparse"):
             parts = [values * y[rows] for rows, values in self._columns(t, y.dtype)]
             return sum(parts[1:], parts[0])
@@ -135,9 +151,11 @@ class Sketch:
             return jnp.asarray(math.sqrt(self.d / self.s))
         if self.kind == "srht" and self.padded == self.d:
             return jnp.asarray(math.sqrt(self.d / self.s))
-        if self.kind == "countsketch":
-            ((rows, _),) = self._columns(t, jnp.float32)
-            return jnp.sqrt(jnp.max(jnp.zeros(self.s).at[rows].add(1.0)))
+        if self.kind.startswith("countsketch"):
+            # one entry a column: R R^T is diagonal, the numbers of coordinates in each row
+            blocked = self.kind == "countsketch-blocks"
+            rows = blocks.rows(self.seed, t, self.d, self.s)[0] if blocked else self._columns(t, jnp.float32)[0][0]
+            return jnp.sqrt(jnp.max(_add(rows, jnp.ones(self.d), self.s)))
 
         def step(_: Any, vector: Array) -> Array:
             image = self.desk(t, self.sk(t, vector))
@@ -190,22 +208,48 @@ class Sketch:
         if across:
             padded = jnp.pad(vector, (0, steps * rows - self.s)).reshape(steps, rows)
 
-            def add(number: int, total: Array) -> Array:
-                return total + padded[number] @ tile(jnp.asarray(number))
+            def add(number: Array, total: Array) -> Array:
+                return total + padded[number] @ tile(number)
 
             return jax.lax.fori_loop(0, steps, add, jnp.zeros(self.d, vector.dtype))
         return jax.lax.map(lambda number: tile(number) @ vector, jnp.arange(steps)).reshape(-1)[: self.s]
 
 
+def _add(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+    """The sum of each row's values."""
+    return jnp.zeros(s, values.dtype).at[rows].add(values)
+
+
+def _add_in_order(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+    """The same with no scatter: sorted by rows, then sums over stretches of one row by a tree, always the same."""
+    order = jnp.argsort(rows, stable=True)
+    rows, values = rows[order], values[order]
+
+    def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return right[0], jnp.where(left[0] == right[0], left[1], 0) + right[1]
+
+    _, sums = jax.lax.associative_scan(join, (rows, values))
+    ends = jnp.searchsorted(rows, jnp.arange(s), side="right")
+    present = (ends > 0) & (rows[ends - 1] == jnp.arange(s))
+    return jnp.where(present, sums[ends - 1], 0)
+
+
 def make_sketch(
-    kind: str, d: int, s: int | None = None, seed: int = 0, *, ratio: float | None = None, q: int = 4
+    kind: str,
+    d: int,
+    s: int | None = None,
+    seed: int = 0,
+    *,
+    ratio: float | None = None,
+    q: int = 4,
+    ordered: bool = False,
 ) -> Sketch:
     """A sketch of d numbers into s, or into max(1, round(d / `ratio`)) of them; identity keeps all.
 
     Raises `InputError` where neither or both of s and ratio are given, and as `Sketch`.
     """
     if kind == "identity":
-        return Sketch(kind, d, d, seed, q)
+        return Sketch(kind, d, d, seed, q, ordered)
     if (s is None) == (ratio is None):
         raise InputError(f"expected s or ratio, got {'neither' if s is None else 'both'}")
     if s is None:
@@ -214,7 +258,7 @@ def make_sketch(
             raise InputError(f"expected a ratio of at least 1, got {ratio}")
         s = max(1, round(d / ratio))
         s = max(q, s - s % q) if kind == "sparse" else s
-    return Sketch(kind, d, s, seed, q)
+    return Sketch(kind, d, s, seed, q, ordered)
 
 
 def variance(sketch: Sketch, g: Float[Array, " d"], h: Float[Array, " d"]) -> Array:
@@ -239,5 +283,11 @@ def variance(sketch: Sketch, g: Float[Array, " d"], h: Float[Array, " d"]) -> Ar
             / max(1, sketch.d - 1)
             * (jnp.sum(products**2) - jnp.sum(products) ** 2 / sketch.d)
         )
+    if sketch.kind == "countsketch-blocks":
+        # pairs within a block never meet
+        count, width = blocks.shape(d, s)
+        inside = [jnp.pad(v, (0, count * width - d)).reshape(count, width) for v in (g * g, h * h, g * h)]
+        own_g, own_h, own = (jnp.sum(part, 1) for part in inside)
+        return (both - jnp.sum(own_g * own_h) - jnp.sum(own**2)) / s
     shrunk = (d - s) / (d - 1) if sketch.kind == "srht" and d > 1 else 1.0
     return shrunk * (both - each) / s
