@@ -1,5 +1,7 @@
 """The attack against what it inverts (section 7: 11)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,17 @@ SOURCE = digits()
 MODEL = make_model("mlp", (8, 8, 1), 10, 16)
 
 
-def setting(s=None, seed=0):
-    """Weights, and the message of a gradient, or of its sketch of s numbers."""
-    params = MODEL.init(jax.random.key(seed))
+PARAMS = MODEL.init(jax.random.key(0))
+slope = jax.jit(jax.grad(MODEL.loss))
+
+
+@functools.cache
+def message_of(s=None):
+    """The message of a gradient, or of its sketch of s numbers."""
+    params = PARAMS
     sketch = None if s is None else make_sketch("srht", sum(leaf.size for leaf in jax.tree.leaves(params)), s)
     message = attack.gradient_message(MODEL, params, None if sketch is None else lambda v: sketch.sk(0, v))
-    return params, jax.jit(message)
+    return jax.jit(message)
 
 
 def examples(*chosen):
@@ -32,17 +39,17 @@ def examples(*chosen):
 def test_the_loss_is_zero_at_the_truth_and_its_gradient_right(s, method):
     """L_R(x_true) = 0 with gradient 0; elsewhere the gradient through the gradient is the finite difference's."""
     with jax.enable_x64(True):
-        _, message = setting(s)
+        message = message_of(s)
         x, y = examples(0)
         target = message(x, y)
-        loss = jax.jit(lambda x: attack.distance(method, message(x, y), target))
-        slope = jax.jit(jax.grad(loss))
-        assert abs(float(loss(x))) < 1e-15 and float(jnp.abs(slope(x)).max()) < 1e-13
+        both = jax.jit(jax.value_and_grad(lambda x: attack.distance(method, message(x, y), target)))
+        value, gradient = both(x)
+        assert abs(float(value)) < 1e-15 and np.abs(gradient).max() < 1e-13
         rng = np.random.default_rng(0)
-        at, way = x + 0.1 * jnp.asarray(rng.standard_normal(x.shape)), jnp.asarray(rng.standard_normal(x.shape))
+        at, way = np.asarray(x) + 0.1 * rng.standard_normal(x.shape), rng.standard_normal(x.shape)
         h = 1e-5
-        wanted = (float(loss(at + h * way)) - float(loss(at - h * way))) / (2 * h)
-        assert abs(float(jnp.vdot(slope(at), way)) - wanted) < 1e-6 * abs(wanted)
+        wanted = (float(both(at + h * way)[0]) - float(both(at - h * way)[0])) / (2 * h)
+        assert abs(float(np.vdot(both(at)[1], way)) - wanted) < 1e-6 * abs(wanted)
 
 
 def test_inputs_break_out_of_sketches_that_are_larger():
@@ -50,7 +57,7 @@ def test_inputs_break_out_of_sketches_that_are_larger():
     errors = {}
     for s in (128, 64):
         with jax.enable_x64(True):
-            _, message = setting(s)
+            message = message_of(s)
             x, y = examples(0, 1)
             targets = jnp.stack([message(x[i : i + 1], y[i : i + 1]) for i in range(2)])
         config = AttackConfig(steps=600, restarts=2, bounded=False)
@@ -65,7 +72,7 @@ def test_inputs_break_out_of_sketches_that_are_larger():
 
 def test_a_line_search_finds_it_too():
     with jax.enable_x64(True):
-        _, message = setting()
+        message = message_of()
         x, y = examples(2)
         target = message(x, y)
     config = AttackConfig(optimizer="lbfgs", steps=100)
@@ -76,7 +83,7 @@ def test_a_line_search_finds_it_too():
 def test_by_cosine_and_smoothness():
     """The cosine alone knows the input; a large weight of the total variation makes it flat."""
     with jax.enable_x64(True):
-        _, message = setting()
+        message = message_of()
         x, y = examples(1)
         target = message(x, y)
     found = {
@@ -97,12 +104,12 @@ def test_by_cosine_and_smoothness():
 
 def test_local_steps_of_one_are_a_gradient():
     with jax.enable_x64(True):
-        params, message = setting()
+        params, message = PARAMS, message_of()
         x, y = examples(0, 1)
         one = jax.jit(attack.steps_message(MODEL, params, 1, 0.1))(x, y)
         assert np.allclose(one, message(x, y), atol=1e-12)
         # by hand
-        u, slope = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), jax.jit(jax.grad(MODEL.loss))
+        u = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         for _ in range(3):
             u = jax.tree.map(lambda p, g: p - 0.1 * g, u, slope(u, x, y))
         wanted = (attack.flat(params) - attack.flat(u)) / 0.3
@@ -112,11 +119,11 @@ def test_local_steps_of_one_are_a_gradient():
 def test_labels_are_found_with_the_input():
     """Soft ones along with it, one class after another through a sketch, and from the last layer at once."""
     with jax.enable_x64(True):
-        _, message = setting()
-        _, small = setting(200)
+        message = message_of()
+        small = message_of(200)
         x, y = examples(3)
         targets = message(x, y), small(x, y)
-        gradient = jax.jit(jax.grad(MODEL.loss))(MODEL.init(jax.random.key(0)), x, y)
+        gradient = slope(PARAMS, x, y)
     config = AttackConfig(steps=500, restarts=2)
     found = attack.invert(message, targets[0], (8, 8, 1), jax.random.key(1), config=config)
     assert found.label.tolist() == y.tolist()
@@ -128,9 +135,7 @@ def test_labels_are_found_with_the_input():
 
 
 def test_a_linear_layer_tells_its_input_at_once():
-    params = MODEL.init(jax.random.key(0))
-    x, y = jnp.asarray(SOURCE.test_x[:1]), jnp.asarray(SOURCE.test_y[:1])
-    gradient = jax.grad(lambda p: MODEL.loss(p, x, y))(params)
+    gradient = slope(PARAMS, jnp.asarray(SOURCE.test_x[:1]), jnp.asarray(SOURCE.test_y[:1]))
     found = attack.linear_inputs(gradient["1"]["w"], gradient["1"]["b"])
     assert np.allclose(found.reshape(8, 8), SOURCE.test_x[0, ..., 0], atol=1e-4)
     with pytest.raises(InputError, match="not 0"):
@@ -140,7 +145,7 @@ def test_a_linear_layer_tells_its_input_at_once():
 def test_a_prior_draws_to_itself():
     """With a weight that is above everything the estimate is the prior's mean; with none, what the message says."""
     with jax.enable_x64(True):
-        _, message = setting()
+        message = message_of()
         x, y = examples(0)
         target = message(x, y)
     mean, config = np.full((1, 8, 8, 1), 0.25), AttackConfig(steps=300)

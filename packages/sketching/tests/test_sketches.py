@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from isotone.shared.errors import InputError
 from isotone.sketching import hashing
+from isotone.sketching.data import quadratic
 from isotone.sketching.embedding import measure_embedding
 from isotone.sketching.hadamard import fwht, next_power
 from isotone.sketching.sketches import KINDS, Sketch, make_sketch, variance
@@ -132,6 +133,10 @@ def test_rounds_are_others(drawn):
     if drawn.kind == "identity":
         return
     assert not np.allclose(first[0], first[1])
+    if drawn.kind != "rand-k":
+        # no entry has a sign or a place of its own
+        mean, error = drawn.matrices.mean(0), drawn.matrices.std(0) / math.sqrt(DRAWS)
+        assert (np.abs(mean) <= 6 * error).all()
     # rounds next to each other are no more alike than others: the correlation of entries, 6 standard errors
     flat = drawn.matrices[:1001].reshape(1001, -1)
     alike = (flat[1:] * flat[:-1]).sum(1) / np.maximum((flat[1:] ** 2).sum(1), 1e-12)
@@ -157,6 +162,39 @@ def test_its_shape(drawn):
         assert ((matrices != 0).sum(2) == 1).all() and ((matrices != 0).sum(1) <= 1).all()
     elif kind == "identity":
         assert np.array_equal(matrices, np.broadcast_to(np.eye(drawn.d), matrices.shape))
+
+
+def test_a_step_descends(drawn):
+    """E f(w - eta R^T R grad) <= f(w) - |grad|^2 / (2 (1 + alpha) L) at eta = 1 / ((1 + alpha) L) on a quadratic, 4.5
+    standard errors; a step of 2 / L, which gradient descent bears just so, goes up where alpha is above 0."""
+    problem = quadratic(drawn.d, 1, 10.0, 0.0)
+    matrix, w = np.asarray(problem.matrix, np.float64), np.asarray(normal(drawn.d, seed=4), np.float64)
+    slope, value, alpha = matrix @ w, w @ matrix @ w / 2, drawn.sketch.alpha
+    back = np.einsum("tsi,ts->ti", drawn.matrices, drawn.matrices @ slope)
+
+    def after(step):
+        moved = w - step * back
+        found = np.einsum("ti,ti->t", moved @ matrix, moved) / 2
+        return found.mean(), found.std() / math.sqrt(len(found))
+
+    mean, error = after(1 / (1 + alpha))
+    assert mean <= value - slope @ slope / (2 * (1 + alpha)) + 4.5 * error + 1e-9
+    if alpha > 1:
+        mean, error = after(2.0)
+        assert mean > value + 4.5 * error
+
+
+def test_one_round_is_flat_and_many_are_not(drawn):
+    """With one R all that comes back lies in the s dimensions of its rows; a few rounds fill the space."""
+    x = np.random.default_rng(0).standard_normal((4, drawn.d))
+    count = -(-4 * drawn.d // drawn.s)
+    matrices, back, images = drawn.at(np.arange(count), x)
+    there = np.linalg.matrix_rank(matrices[0])
+    assert there <= drawn.s
+    came = np.einsum("tds,tms->tmd", back, images)
+    # the rows of R_0 and what came back through it span no more than the rows alone
+    assert np.linalg.matrix_rank(np.concatenate([matrices[0], came[0]])) == there
+    assert np.linalg.matrix_rank(came.reshape(-1, drawn.d)) == drawn.d or drawn.kind in ("identity", "rand-k")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +305,21 @@ def test_words_are_uniform():
     assert large.min() >= 0 and abs(large.mean() / 2**30 - 1) < 5 / math.sqrt(3 * 20_000)
     assert abs(normals.mean()) < 5 / math.sqrt(20_000) and abs(normals.std() - 1) < 5 / math.sqrt(2 * 20_000)
     assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 5 / math.sqrt(20_000)
+
+
+def test_words_are_independent_over_rounds():
+    """Of each of the first 64 indices over 4,000 rounds: every bit is as often 1 as 0, and no two indices share any
+    (6 standard errors of the 70,000 means). What coordinate 1 gets in one round says nothing of the next."""
+    index = jnp.arange(64, dtype=jnp.uint32)
+    for purpose in (1, 16):
+        draw = jax.jit(jax.vmap(lambda t, p=purpose: hashing.words(hashing.stream(3, t, p), index)))
+        bits = np.unpackbits(np.asarray(draw(jnp.arange(4000))).view(np.uint8), axis=1).reshape(4000, 64, 32)
+        signs = 2.0 * bits - 1
+        error = 6 / math.sqrt(4000)
+        assert np.abs(signs.mean(0)).max() < error
+        alike = np.einsum("tib,tjb->bij", signs, signs, optimize=True) / 4000 - np.eye(64)
+        assert np.abs(alike).max() < error
+        assert np.abs((signs[1:] * signs[:-1]).mean(0)).max() < error, "nor of this round's neighbour"
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
