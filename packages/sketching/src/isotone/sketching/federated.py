@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.compressors import Compressor, Sketched
+from isotone.sketching.compressors import Compressor, Result, Sketched, mean
 from isotone.sketching.data import ClientData, batch_of
+from isotone.sketching.integer import IntegerSketch
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.trees import TreeSketch, tree_sketch
 
 LossFn = Callable[[Any, Any, Any], Array]
@@ -86,6 +89,10 @@ class FedAlgorithm:
     server_opt: optax.GradientTransformation
     local_update: Callable[..., Any] | None = None
     """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local SGD (private steps)."""
+    mesh: Mesh | None = None
+    """Devices that the participants of a round are split over. Each holds the weights and all examples; of a sketched
+    round s numbers pass between them, one sum, and of other arms the updates. The same round as without, up to the
+    order of that sum."""
 
     def init(self, params: Any, clients: int) -> FedState:
         """The state before the first round."""
@@ -127,12 +134,20 @@ class FedAlgorithm:
             delta, loss = update_fn(state.params, jax.random.fold_in(local_key, client), data, client)
             return self.tree.flatten(delta), loss
 
-        deltas, losses = jax.vmap(one)(taken)
-        heard = jnp.all(jnp.isfinite(deltas), 1) & (jax.random.uniform(late, (m,)) >= config.straggle)
-        weights = heard * (data.size[taken] if config.weigh == "size" else jnp.ones(m))
+        # as many to each device: who is there twice is not heard the second time
+        extra = 0 if self.mesh is None else -m % self.mesh.size
+        deltas, losses = self._split(jax.vmap(one), True)(jnp.pad(taken, (0, extra), mode="edge"))
+        on_time = jnp.pad(jax.random.uniform(late, (m,)) >= config.straggle, (0, extra))
+        heard = jnp.all(jnp.isfinite(deltas), 1) & on_time
+        sizes = data.size[taken] if config.weigh == "size" else jnp.ones(m)
+        weights = heard * jnp.pad(sizes, (0, extra))
         weights = weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        losses, heard = losses[:m], heard[:m]
         own = jax.tree.map(lambda leaf: leaf[taken], state.clients)
-        found = self.compressor.combine(state.round, wire_key, deltas, weights, own, state.server)
+        if self.mesh is not None and isinstance(self.compressor, Sketched):
+            found = Result(self._added(self.compressor, state.round, deltas, weights), own, state.server)
+        else:
+            found = self.compressor.combine(state.round, wire_key, deltas[:m], weights[:m], own, state.server)
         kept = jax.tree.map(lambda whole, part: whole.at[taken].set(part), state.clients, found.clients)
         update = self.tree.unflatten(self.eta_g * found.update)
         # optax takes gradients: minus the update
@@ -141,6 +156,25 @@ class FedAlgorithm:
         loss = jnp.sum(jnp.where(heard, losses, 0.0)) / jnp.maximum(jnp.sum(heard), 1)
         info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update))
         return FedState(params, state.round + 1, kept, found.server, optimizer), info
+
+    def _split(self, function: Callable[..., Any], rows: bool) -> Callable[..., Any]:
+        """`function` of arrays with a row for each participant, on the mesh: each device has its rows. `rows`: so has
+        what it returns, which else is alike on all."""
+        if self.mesh is None:
+            return function
+        split = PartitionSpec(self.mesh.axis_names)
+        whole = split if rows else PartitionSpec()
+        return jax.shard_map(function, mesh=self.mesh, in_specs=split, out_specs=whole, check_vma=False)
+
+    def _added(self, compressor: Sketched, t: Array, deltas: Array, weights: Array) -> Array:
+        """`compressor.combine`'s update: sketched where the updates are, and then added."""
+        assert self.mesh is not None
+        names, sketch = self.mesh.axis_names, compressor.sketch
+
+        def share(deltas: Array, weights: Array) -> Array:
+            return jax.lax.psum(mean(jax.vmap(lambda delta: sketch.sk(t, delta))(deltas), weights), names)
+
+        return sketch.desk(t, self._split(share, False)(deltas, weights))
 
 
 def run(algorithm: FedAlgorithm, state: FedState, key: Array, data: ClientData, rounds: int) -> Any:
@@ -158,20 +192,29 @@ def fed_algorithm(
     ratio: float = 10.0,
     seed: int = 0,
     per_leaf: bool = False,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
     server_opt: optax.GradientTransformation | None = None,
     local_update: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> FedAlgorithm:
-    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio`.
+    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`.
 
-    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. Raises
-    `InputError` where the compressor is for another number of weights.
+    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. `mesh`:
+    see `FedAlgorithm`. Raises `InputError` where the compressor is for another number of weights, on a dtype beside
+    one, and on whole numbers that are to be weighed by size.
     """
     tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf)
-    channel: Compressor = Sketched(tree) if compressor is None else compressor
+    if compressor is not None and dtype != "float32":
+        raise InputError(f"expected a compressor or a dtype, got {type(compressor).__name__} and {dtype}")
+    sketched: Compressor = Sketched(tree) if dtype == "float32" else RoundedSketch(tree, dtype)
+    channel = sketched if compressor is None else compressor
     if channel.d != tree.d:
         raise InputError(f"expected a compressor for {tree.d} numbers, got one for {channel.d}")
-    return FedAlgorithm(loss_fn, channel, tree, FedConfig(**settings), server_opt or optax.sgd(1.0), local_update)
+    config = FedConfig(**settings)
+    if isinstance(channel, IntegerSketch) and config.weigh != "equal":
+        raise InputError(f"expected clients that weigh alike for sums of whole numbers, got weigh {config.weigh!r}")
+    return FedAlgorithm(loss_fn, channel, tree, config, server_opt or optax.sgd(1.0), local_update, mesh)
 
 
 def _whole(loss_fn: LossFn) -> Callable[..., Array]:

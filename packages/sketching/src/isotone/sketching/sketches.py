@@ -34,9 +34,9 @@ class Sketch:
     """A family R_t in R^{s x d}.
 
     `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' the next power of two),
-    "srht-replace", "countsketch" (one +-1 a column), "countsketch-blocks" (the same of less variance and the fastest, see
-    `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1), "rand-k"
-    (coordinates, scaled by d/s: a baseline), "identity".
+    "srht-replace", "countsketch" (one +-1 a column), "countsketch-blocks" (the same with less variance and the fastest:
+    see `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1),
+    "rand-k" (coordinates, scaled by d/s: a baseline), "identity".
 
     `ordered`: "countsketch" and "sparse" add each row's numbers in an order that is always the same, for a sort of d
     numbers; on a GPU, where otherwise whichever comes first is added first, it makes runs repeatable bit for bit. All

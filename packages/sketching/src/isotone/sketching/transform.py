@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from isotone.sketching.rounding import payload, round_to
 from isotone.sketching.trees import TreeSketch, tree_sketch
 
 
@@ -29,12 +31,15 @@ def sketch_compress(
     seed: int = 0,
     per_leaf: bool = False,
     scale: str | float = "auto",
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Updates u to `scale` * desk_t(sk_t(u)), t the number of the step.
 
     `scale` "auto": 1 / (1 + alpha), with which a step that is safe without a sketch is safe with it (section 2.4);
-    1.0 leaves the update unbiased. `ratio`, `s`, `seed`, `per_leaf`: as `tree_sketch`.
+    1.0 leaves the update unbiased. `ratio`, `s`, `seed`, `per_leaf`: as `tree_sketch`. `dtype`: of the numbers in the
+    channel, see `rounding`.
     """
+    payload(dtype, 1)  # its own check
 
     def make(tree: Any) -> TreeSketch:
         return tree_sketch(tree, kind, ratio=ratio, s=s, seed=seed, per_leaf=per_leaf)
@@ -46,7 +51,9 @@ def sketch_compress(
     def update(updates: Any, state: SketchState, params: Any = None) -> tuple[Any, SketchState]:
         sketch = make(updates)
         factor = sketch.eta_g if scale == "auto" else float(scale)
-        flat = sketch.desk(state.step, sketch.sk(state.step, sketch.flatten(updates)))
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        sent = round_to(dtype, key, sketch.sk(state.step, sketch.flatten(updates)))
+        flat = sketch.desk(state.step, sent)
         return sketch.unflatten(factor * flat), SketchState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
