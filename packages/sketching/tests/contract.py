@@ -57,6 +57,19 @@ BAD = [
     (["client", "--client", "0", "--data", "missing.npz"], "missing.npz"),
     (["client", "--client", "0", "--port", "1", "--patience", "0.05"], "expected a server"),
     (["reproduce", "--scale", "huge"], "huge"),
+    (["account"], "neither"),
+    (["account", "--noise", "1", "--delta", "2"], "delta"),
+    (["account", "--noise", "nan"], "nan"),
+    (["account", "--epsilon", "-1"], "epsilon"),
+    (["attack", "--weights", "missing.safetensors"], "missing.safetensors"),
+    (["attack", "--weights", "data.npz"], "differs"),
+    (["attack", "--weights", "torn.npz"], "torn"),
+    (["attack", "--size", "100000"], "100000"),
+    (["attack", "--data", "nan.npz"], "nan"),
+    (["audit", "--sizes", "many"], "many"),
+    (["audit", "--noises", "-1"], "-1"),
+    (["compare", "--arms", "pigeons"], "pigeons"),
+    (["compare", "--rates", "fast"], "fast"),
 ]
 
 

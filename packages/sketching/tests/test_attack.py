@@ -70,6 +70,7 @@ def test_inputs_break_out_of_sketches_that_are_larger():
     assert not jax.config.jax_enable_x64 and jnp.ones(1).dtype == jnp.float32
 
 
+@pytest.mark.slow  # its program compiles long
 def test_a_line_search_finds_it_too():
     with jax.enable_x64(True):
         message = message_of()

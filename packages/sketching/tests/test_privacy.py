@@ -104,7 +104,7 @@ def test_shares_of_noise_add_up_to_the_central_one():
     assert np.abs(10 * draws.std(0) - 1).max() < 5 / math.sqrt(2 * 2000)
 
 
-@pytest.mark.parametrize("kind,d,s", [("srht", 24, 8), ("countsketch", 24, 8), ("gaussian", 24, 8), ("sparse", 24, 8)])
+@pytest.mark.parametrize("kind,d,s", [("srht", 24, 8), ("countsketch", 24, 8), ("gaussian", 24, 8)])
 def test_noise_after_a_sketch_is_never_too_small(kind, d, s):
     """It grows by |R|_2 at least, whose square is the largest eigenvalue of R R^T."""
     sketch = make_sketch(kind, d, s)
@@ -208,14 +208,14 @@ def test_accountants_agree_with_dp_accounting(rate, noise, releases, renyi, pld)
 
 
 def test_calibration_inverts_the_accountant():
-    for epsilon in (0.5, 4.0):
-        noise = privacy.calibrate(epsilon, 1e-5, 0.1, 100)
-        ours, less = Accountant(0.1, noise), Accountant(0.1, noise * 0.999)
-        for accountant in (ours, less):
-            accountant.spend(100)
-        assert ours.epsilon(1e-5) <= epsilon < less.epsilon(1e-5)
-        # the theorem's composition asks for more noise at the same epsilon
-        assert privacy.theorem_sigma(epsilon, 1e-5, 0.1, 5, 20) > noise
+    epsilon = 2.0
+    noise = privacy.calibrate(epsilon, 1e-5, 0.1, 100)
+    ours, less = Accountant(0.1, noise), Accountant(0.1, noise * 0.999)
+    for accountant in (ours, less):
+        accountant.spend(100)
+    assert ours.epsilon(1e-5) <= epsilon < less.epsilon(1e-5)
+    # the theorem's composition asks for more noise at the same epsilon
+    assert privacy.theorem_sigma(epsilon, 1e-5, 0.1, 5, 20) > noise
 
 
 def test_classical_and_advanced_by_hand():

@@ -233,9 +233,17 @@ def test_weights_in_files(tmp_path):
     save_weights(path, {**LINEAR, "b": jax.numpy.zeros(3)})
     with pytest.raises(InputError, match=r"\(3,\)"):
         load_weights(path, LINEAR)
-    path.write_bytes(b"\1\2\3")
-    with pytest.raises(InputError, match="torn"):
-        load_weights(path, LINEAR)
+    other = tmp_path / "w.npz"
+    np.savez(other, **LINEAR)
+    assert np.array_equal(load_weights(other, LINEAR)["w"], LINEAR["w"])
+    for torn in (path, other):
+        torn.write_bytes(b"\1\2\3")
+        with pytest.raises(InputError, match="torn"):
+            load_weights(torn, LINEAR)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(other)
+    with pytest.raises(InputError, match="torn or other"):
+        load_weights(other, LINEAR)
 
 
 def test_a_ledger_in_a_file():

@@ -34,11 +34,12 @@ class Model:
 
     def loss(self, params: Any, x: Float[ArrayLike, "n ..."], y: Int[ArrayLike, " n"]) -> Float[Array, ""]:
         """Mean cross-entropy, nats."""
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y))
+        logits = self.apply(params, jnp.asarray(x))
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)))
 
     def accuracy(self, params: Any, x: Float[ArrayLike, "n ..."], y: Int[ArrayLike, " n"]) -> Float[Array, ""]:
         """Share of right answers."""
-        return jnp.mean(jnp.argmax(self.apply(params, x), -1) == y)
+        return jnp.mean(jnp.argmax(self.apply(params, jnp.asarray(x)), -1) == jnp.asarray(y))
 
 
 def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,21 @@ def save_weights(path: Path, params: Any) -> Path:
 
 
 def load_weights(path: Path, like: Any) -> Any:
-    """The leaves of a file in the tree of `like`. Raises `InputError` on a missing or torn file, names, shapes or
-    types that differ, and NaN."""
+    """The leaves of a safetensors file, or of an .npz of the same names, in the tree of `like`.
+
+    Raises `InputError` on a missing or torn file, names, shapes or types that differ, and NaN.
+    """
     if not path.is_file():
         raise InputError(f"expected weights at {str(path)!r}, found no such file")
+    kind = "an .npz of weights" if path.suffix == ".npz" else "a safetensors file"
     try:
-        arrays = safetensors.numpy.load(path.read_bytes())
-    except (SafetensorError, ValueError, KeyError):
-        raise InputError(f"expected a safetensors file, got a torn or other one: {str(path)!r}") from None
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:  # a TypeError where it is one array
+                arrays = {name: file[name] for name in file.files}
+        else:
+            arrays = safetensors.numpy.load(path.read_bytes())
+    except (SafetensorError, OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        raise InputError(f"expected {kind}, got a torn or other one: {str(path)!r}") from None
     wanted = named(like)
     if set(arrays) != set(wanted):
         odd = sorted(set(arrays) ^ set(wanted))[0]
