@@ -1,12 +1,14 @@
 """The fast kernels beside their definitions: the transform, CountSketch in blocks, and sums in a fixed order."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 
-from isotone.sketching import blocks, hashing
+from isotone.sketching import bench, blocks, hashing
 from isotone.sketching.hadamard import fwht
 from isotone.sketching.sketches import Sketch, make_sketch, variance
 
@@ -118,3 +120,15 @@ def test_every_index_has_signs_of_its_own():
     drawn = np.asarray(jax.jit(jax.vmap(lambda t: hashing.signs(hashing.stream(7, t, 3), index)))(jnp.arange(2000)))
     assert np.abs(drawn.mean(0)).max() < 5 / 2000**0.5
     assert np.abs((drawn[:, 1:] * drawn[:, :-1]).mean(0)).max() < 5 / 2000**0.5
+
+
+def test_the_kernels_and_the_ledger_in_the_bench():
+    """The rows at tiny sizes, in a process of one core where one core is asked for."""
+    rows = bench.transform_rows(6, "cpu", 6) + bench.kind_rows(9, "cuda", 6) + bench.ledger_rows()
+    rows += bench.peer_rows(10, "cpu", 6, ("countsketch",))
+    if importlib.util.find_spec("flwr") is None:
+        assert bench.flower_rows(2) == []
+    ids = ["fwht", "fwht-core", "blocks-scatter", "blocks-gather", "blocks-desk-copy", "bytes-ledger", "textbook-scipy"]
+    assert [row.id for row in rows] == ids
+    assert all(row.ours_value > 0 and row.peer_value > 0 for row in rows)
+    assert rows[-2].ratio == 1 and rows[-2].held

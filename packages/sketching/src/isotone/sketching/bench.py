@@ -1,14 +1,20 @@
-"""Speed and bytes: the transform, CountSketch, federated rounds, and what passes a socket, beside their peers."""
+"""Speed and bytes: the transform, CountSketch, federated rounds, and what passes a socket, beside their peers.
+
+Each row is the median over pairs of runs, JAX's results waited for. What is asked of one core is measured in a process
+that has one, both sides of it.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from isotone.shared import device, progress
-from isotone.shared.bench import compare
+from isotone.shared.bench import Timing, compare, measure
 from isotone.shared.claims import Ratio, Report
 from isotone.shared.cli import Run
 from isotone.sketching.compressors import Plain, Sketched
@@ -26,22 +32,28 @@ from isotone.sketching.exchange import measure_bytes
 from isotone.sketching.federated import FedAlgorithm, fed_algorithm
 from isotone.sketching.hadamard import fwht
 from isotone.sketching.models import make_model
-from isotone.sketching.sketches import make_sketch
+from isotone.sketching.sketches import Sketch, make_sketch
+from isotone.sketching.training import RunConfig, prepare, train
+from isotone.sketching.trees import tree_sketch
 
 CORE_MS = 10.0
+JAX = f"jax {jax.__version__}"
 
 
-def bench(run: Run, rounds: int = 10, bits: int = 20) -> Report:
-    """Every row; Flower's where flwr is installed. `bits`: of the transform's and the sketches' length."""
+def bench(run: Run, rounds: int = 20, bits: int = 20) -> Report:
+    """Every row; Flower's where flwr is installed. `bits`: of the transform's length, a 16th of CountSketch's."""
     begin = time.perf_counter()
     where = device.resolve(run.device, "jax")
     plan: list[Callable[[], list[Ratio]]] = [
         functools.partial(transform_rows, bits, where, rounds),
-        functools.partial(countsketch_rows, bits + 3, where, rounds),
-        functools.partial(peer_rows, bits, where, rounds),
+        functools.partial(countsketch_rows, bits + 4, where, rounds),
+        functools.partial(kind_rows, bits + 4, where, rounds),
+        functools.partial(peer_rows, bits, where, rounds, ("countsketch-blocks", "countsketch")),
         functools.partial(simulation_rows, 100, where, rounds),
-        functools.partial(overhead_rows, 14_000, where, rounds),
+        functools.partial(flower_rows, 100),
+        functools.partial(overhead_rows, 14_000, where, rounds, ("srht", "countsketch-blocks", "countsketch")),
         bytes_rows,
+        ledger_rows,
     ]
     ratios: list[Ratio] = []
     with progress.bar("sketching bench", len(plan), run.silent) as bar:
@@ -51,6 +63,38 @@ def bench(run: Run, rounds: int = 10, bits: int = 20) -> Report:
     seconds = time.perf_counter() - begin
     scale = "gpu" if where == "cuda" else "cpu"
     return Report("sketching", "bench", scale, (), "jax", ratios=ratios, seconds=seconds)
+
+
+def on_one_core(name: str, *arguments: Any) -> Any:
+    """What the function `name` of this module returns in a process that has one core."""
+    code = (
+        "import json, os, sys\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}) if hasattr(os, 'sched_setaffinity') else None\n"
+        "from isotone.sketching import bench\n"
+        "print(json.dumps(getattr(bench, sys.argv[1])(*json.loads(sys.argv[2]))))\n"
+    )
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )
+    return json.loads(done.stdout)
+
+
+def here_or_on_one_core(function: Callable[..., Any], where: str, *arguments: Any) -> Any:
+    """On a GPU `function` of `where` and the arguments, else the same on one core."""
+    return function(where, *arguments) if where == "cuda" else on_one_core(function.__name__, where, *arguments)
+
+
+def _seconds(timing: Timing) -> tuple[float, float]:
+    """(ours, peer) of the median ratio."""
+    return timing.ours_seconds, timing.ours_seconds * timing.ratio
+
+
+# --- transform and sketches ---------------------------------------------------------------------------------------
 
 
 def butterflies(values: Array) -> Array:
@@ -63,111 +107,116 @@ def butterflies(values: Array) -> Array:
     return values.reshape(d)
 
 
-def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
-    """Of 2^bits numbers, beside the butterflies, after both gave the same; and on one core, against 10 ms."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(1 << bits), jnp.float32)
+def transform_seconds(where: str, bits: int, rounds: int) -> tuple[float, float]:
+    """(ours, butterflies), after both gave the same."""
+    x = _numbers(1 << bits)
     ours, theirs = jax.jit(fwht), jax.jit(butterflies)
     if float(jnp.abs(ours(x) - theirs(x)).max()) > 1e-2 * (1 << bits) ** 0.5:
         raise RuntimeError("expected one transform from both")
-    timing = compare(functools.partial(ours, x), functools.partial(theirs, x), rounds=max(6, rounds), device=where)
-    seconds = timing.ours_seconds
-    peer = ("butterflies, jitted", f"jax {jax.__version__}")
-    found = [
-        Ratio(
-            "fwht",
-            f"Walsh-Hadamard transform of 2^{bits}",
-            "blocks of +-1",
-            *peer,
-            seconds,
-            seconds * timing.ratio,
-            "s",
-            3.0,
-        )
-    ]
+    return _seconds(compare(functools.partial(ours, x), functools.partial(theirs, x), rounds=rounds, device=where))
+
+
+def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
+    """Of 2^bits numbers, beside the butterflies, and on one core against 10 ms."""
+    ours, theirs = here_or_on_one_core(transform_seconds, where, bits, max(6, rounds))
+    work = f"Walsh-Hadamard transform of 2^{bits}" + ("" if where == "cuda" else ", one core")
+    mine = (work, "4 bits as a product, then by two")
+    found = [Ratio("fwht", *mine, "butterflies, jitted", JAX, ours, theirs, "s", 3.0)]
     if where == "cpu":
-        one = on_one_core(bits)
-        found.append(
-            Ratio(
-                "fwht-core",
-                f"the same on one core, 2^{bits}",
-                "blocks of +-1",
-                "what was asked",
-                "",
-                one,
-                CORE_MS / 1e3,
-                "s",
-                1.0,
-            )
-        )
+        found.append(Ratio("fwht-core", *mine, "what was asked", "", ours, CORE_MS / 1e3, "s", 1.0))
     return found
 
 
-def on_one_core(bits: int) -> float:
-    """Seconds of a transform in a process that has one core: the median of 20."""
-    code = (
-        "import os, time\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}) if hasattr(os, 'sched_setaffinity') else None\n"
-        "import jax, jax.numpy as jnp, numpy as np\n"
-        "from isotone.sketching.hadamard import fwht\n"
-        f"x = jnp.asarray(np.random.default_rng(0).standard_normal({1 << bits}), jnp.float32)\n"
-        "run, times = jax.jit(fwht), []\n"
-        "run(x).block_until_ready()\n"
-        "for _ in range(20):\n"
-        "    start = time.perf_counter(); run(x).block_until_ready(); times.append(time.perf_counter() - start)\n"
-        "print(float(np.median(times)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    return float(done.stdout)
+def stream_seconds(where: str, bits: int, rounds: int) -> tuple[float, float]:
+    """(sk in blocks, a copy) of 2^bits numbers, the sketch's hash made on the way. On a CPU what is copied to is there
+    before; XLA's own copies are slower, by the pages that they ask for."""
+    sketch, x = _wide("countsketch-blocks", bits), _numbers(1 << bits)
+    run, added = jax.jit(sketch.sk), jax.jit(lambda v: v + 1.0)
+    source, target = np.asarray(x), np.empty(1 << bits, np.float32)
+    copy = functools.partial(added, x) if where == "cuda" else functools.partial(np.copyto, target, source)
+    return _seconds(compare(functools.partial(run, jnp.int32(1), x), copy, rounds=rounds, device=where))
 
 
 def countsketch_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
-    """Bytes read a second, its hash made on the way, beside a copy of the same numbers (STREAM: read and written)."""
-    d, s = 1 << bits, 1 << max(4, bits - 7)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(d), jnp.float32)
-    sketch = make_sketch("countsketch", d, s)
-    run = jax.jit(lambda x: sketch.sk(0, x))
-    copied = jax.jit(lambda x: x + 1.0) if where == "cuda" else None
-    source, target = np.asarray(x), np.empty(d, np.float32)
-    peer = functools.partial(copied, x) if copied is not None else functools.partial(np.copyto, target, source)
-    timing = compare(functools.partial(run, x), peer, rounds=max(6, rounds), device=where)
-    ours = 4 * d / timing.ours_seconds / 1e9
-    stream = 8 * d / (timing.ours_seconds * timing.ratio) / 1e9
-    work = f"CountSketch of 2^{bits} numbers to 2^{bits - 7}, beside a copy"
-    return [Ratio("countsketch-stream", work, "sk", "copy", "", ours, stream, "GB/s", 0.5, higher_is_better=True)]
+    """Bytes a second: read by sk, and read and written by a copy of the same numbers (STREAM)."""
+    ours, copied = here_or_on_one_core(stream_seconds, where, bits, max(6, rounds))
+    sketch = _wide("countsketch-blocks", bits)
+    work = f"CountSketch in blocks of 2^{bits} numbers to {sketch.s:,}, beside a copy"
+    work += "" if where == "cuda" else ", one core"
+    rates = (4 * sketch.d / ours / 1e9, 8 * sketch.d / copied / 1e9)
+    return [Ratio("countsketch-stream", work, "sk", "copy", "", *rates, "GB/s", 0.5, higher_is_better=True)]
 
 
-def peer_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
-    """CountSketch beside scipy's, fresh each time as rounds want it; both keep inner products on average."""
+def kind_seconds(where: str, bits: int, rounds: int) -> list[tuple[float, float]]:
+    """Pairs: sk in blocks and the textbook's scatter; the same of desk; desk in blocks and a copy by XLA, which takes
+    new pages too."""
+    blocked, plain = _wide("countsketch-blocks", bits), _wide("countsketch", bits)
+    x, y, t = _numbers(blocked.d), _numbers(blocked.s), jnp.int32(1)
+    sks = [functools.partial(jax.jit(sketch.sk), t, x) for sketch in (blocked, plain)]
+    desks = [functools.partial(jax.jit(sketch.desk), t, y) for sketch in (blocked, plain)]
+    copied = functools.partial(jax.jit(lambda v: v + 1.0), x)
+    pairs = (sks, desks, (desks[0], copied))
+    return [_seconds(compare(*pair, rounds=rounds, device=where)) for pair in pairs]
+
+
+def kind_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
+    """The two CountSketches beside each other, both ways."""
+    pairs = here_or_on_one_core(kind_seconds, where, bits, max(6, rounds))
+    work = f"CountSketch of 2^{bits} numbers" + ("" if where == "cuda" else ", one core")
+    rows = (
+        ("blocks-scatter", "sk", "textbook: scatter-add", 5.0 if where == "cuda" else None),
+        ("blocks-gather", "desk", "textbook: gather", None),
+        ("blocks-desk-copy", "desk beside a copy", "x + 1", None),
+    )
+    return [
+        Ratio(id, f"{work}, {what}", "in blocks", peer, JAX, ours, theirs, "s", target)
+        for (id, what, peer, target), (ours, theirs) in zip(rows, pairs, strict=True)
+    ]
+
+
+def peer_rows(bits: int, where: str, rounds: int, kinds: Sequence[str] = ("countsketch-blocks",)) -> list[Ratio]:
+    """CountSketch beside scipy's, fresh each time as rounds want it; both keep norms on average."""
     from scipy import __version__ as version
     from scipy.linalg import clarkson_woodruff_transform
 
     d, s = 1 << bits, 1 << (bits - 7)
-    x = np.random.default_rng(0).standard_normal(d).astype(np.float32)
-    sketch = make_sketch("countsketch", d, s)
-    run = jax.jit(sketch.sk)
+    x = _numbers(d)
+    column = np.asarray(x)[:, None]
     count = [0]
 
-    def ours() -> Array:
-        count[0] += 1
-        return run(jnp.int32(count[0]), x)
-
     def theirs() -> Any:
-        return clarkson_woodruff_transform(x[:, None], s, rng=count[0])
+        count[0] += 1
+        return clarkson_woodruff_transform(column, s, rng=count[0])
 
-    for name, values in (("ours", np.asarray(ours())), ("scipy's", np.asarray(theirs()))):
-        if abs(float(np.sum(values**2)) / float(np.sum(x**2)) - 1) > 0.1:
-            raise RuntimeError(f"expected {name} sketch to keep the norm")
-    timing = compare(ours, theirs, rounds=max(6, rounds), warmup=2, device=where)
-    seconds = timing.ours_seconds
-    work = f"a fresh CountSketch of 2^{bits} numbers to 2^{bits - 7}"
-    peer = ("scipy.linalg.clarkson_woodruff_transform", version)
-    return [Ratio("countsketch-scipy", work, "sk", *peer, seconds, seconds * timing.ratio, "s", 1.0)]
+    found = []
+    for kind in kinds:
+        run = jax.jit(make_sketch(kind, d, s).sk)
+
+        def ours(run: Callable[..., Array] = run) -> Array:
+            count[0] += 1
+            return run(jnp.int32(count[0]), x)
+
+        for name, values in (("ours", np.asarray(ours())), ("scipy's", np.asarray(theirs()))):
+            # the deviation of |R x|^2 / |x|^2 is sqrt(2 / s)
+            if abs(float(np.sum(values**2)) / float(np.sum(column**2)) - 1) > 6 * (2 / s) ** 0.5:
+                raise RuntimeError(f"expected {name} sketch to keep the norm")
+        seconds = _seconds(compare(ours, theirs, rounds=max(6, rounds), warmup=2, device=where))
+        work = f"a fresh CountSketch of 2^{bits} numbers to {s:,}, {kind}"
+        id = "countsketch-scipy" if kind == "countsketch-blocks" else "textbook-scipy"
+        found.append(Ratio(id, work, "sk", "scipy.linalg.clarkson_woodruff_transform", version, *seconds, "s", 1.0))
+    return found
+
+
+def _numbers(n: int) -> Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(n), jnp.float32)
+
+
+def _wide(kind: str, bits: int) -> Sketch:
+    """2^bits numbers into a 256th."""
+    return make_sketch(kind, 1 << bits, 1 << max(4, bits - 8))
+
+
+# --- rounds -------------------------------------------------------------------------------------------------------
 
 
 def problem(hidden: int, clients: int, most: int = 32) -> tuple[Any, ClientData, Any]:
@@ -180,85 +229,94 @@ def problem(hidden: int, clients: int, most: int = 32) -> tuple[Any, ClientData,
 
 
 def _round(algorithm: FedAlgorithm, params: Any, data: ClientData) -> Callable[[], Any]:
-    state = algorithm.init(params, len(data))
-    step = jax.jit(lambda state, arrays: algorithm.round(state, jax.random.key(0), ClientData(*arrays))[0])
-    arrays = tuple(vars(data).values())
-    return lambda: step(state, arrays)
+    state, key = algorithm.init(params, len(data)), jax.random.key(0)
+    step = jax.jit(lambda state, data: algorithm.round(state, key, data)[0])
+    return lambda: step(state, data)
 
 
 def simulation_rows(clients: int, where: str, rounds: int) -> list[Ratio]:
-    """A round of many clients in one program, beside a loop over jitted clients, and beside Flower's simulation."""
+    """A round of many clients in one program, beside a loop over jitted clients."""
     model, data, params = problem(32, clients)
-    algorithm = fed_algorithm(model.loss, params, ratio=10.0, local_steps=5)
-    local = jax.jit(lambda p, key, arrays, client: algorithm.local(p, key, ClientData(*arrays), client)[0])
-    send = jax.jit(lambda t, delta: algorithm.compressor.sketch.sk(t, algorithm.tree.flatten(delta)))
-    arrays = tuple(vars(data).values())
+    sketch = tree_sketch(params, ratio=10.0)
+    algorithm = fed_algorithm(model.loss, params, Sketched(sketch), local_steps=5)
+
+    @jax.jit
+    def send(params: Any, key: Array, data: ClientData, client: Array) -> Array:
+        own = jax.random.fold_in(key, client)
+        return sketch.sk(0, algorithm.tree.flatten(algorithm.local(params, own, data, client)[0]))
+
+    @jax.jit
+    def receive(params: Any, sent: list[Array]) -> Any:
+        update = algorithm.eta_g * sketch.desk(0, sum(sent[1:], sent[0]) / clients)
+        return jax.tree.map(jnp.add, params, sketch.unflatten(update))
+
+    numbers, key = [jnp.int32(client) for client in range(clients)], jax.random.key(0)
 
     def loop() -> Any:
-        sent = [send(0, local(params, jax.random.key(client), arrays, client)) for client in range(clients)]
-        return algorithm.compressor.sketch.desk(0, sum(sent) / clients)
+        return receive(params, [send(params, key, data, client) for client in numbers])
 
     timing = compare(_round(algorithm, params, data), loop, rounds=max(6, rounds), warmup=2, device=where)
-    seconds = timing.ours_seconds
-    work = f"a sketched round of {clients} clients, K = 5, d = 2,410"
-    peer = ("a loop over jitted clients", f"jax {jax.__version__}")
-    found = [Ratio("simulation-loop", work, "one program", *peer, seconds, seconds * timing.ratio, "s", 2.0)]
-    if importlib.util.find_spec("flwr") is not None:  # pragma: no cover - flwr is installed for the bench alone
-        from importlib.metadata import version
-
-        from isotone.sketching.flower import simulate
-        from isotone.sketching.training import RunConfig
-
-        theirs = simulate(RunConfig(model="mlp", clients=clients, rounds=3, local_steps=5, ratio=10.0), 3)
-        found.append(
-            Ratio(
-                "simulation-flower",
-                work,
-                "one program",
-                "Flower's simulation",
-                version("flwr"),
-                seconds,
-                theirs,
-                "s",
-                10.0,
-            )
-        )
-    return found
+    work = f"a sketched round of {clients} clients, K = 5, d = {sketch.d:,}"
+    peer = ("a loop over jitted clients", JAX)
+    return [Ratio("simulation-loop", work, "one program", *peer, *_seconds(timing), "s", 2.0)]
 
 
-def overhead_rows(hidden: int, where: str, rounds: int) -> list[Ratio]:
+def flower_rows(clients: int) -> list[Ratio]:
+    """Seconds a round beside Flower's simulation; nothing where flwr is not installed: it asks for older libraries than
+    this package, and stands in no group of it."""
+    return [] if importlib.util.find_spec("flwr") is None else _beside_flower(clients)
+
+
+def _beside_flower(clients: int) -> list[Ratio]:  # pragma: no cover - flwr is installed for the bench alone
+    """The very same run on both: digits by a Dirichlet dealing, K = 5 on 32."""
+    from importlib.metadata import version
+
+    from isotone.sketching.flower import simulate
+
+    config = RunConfig(model="mlp", clients=clients, rounds=12, ratio=10.0)
+    setup = prepare(config)
+    ours, _ = measure(_round(setup.algorithm, setup.params, setup.data))
+    work = f"a sketched round of {clients} clients, K = 5, d = {setup.algorithm.tree.d:,}, digits"
+    peer = ("Flower's simulation", f"flwr {version('flwr')}")
+    return [Ratio("simulation-flower", work, "one program", *peer, ours, simulate(config, config.rounds), "s", 10.0)]
+
+
+def overhead_rows(hidden: int, where: str, rounds: int, kinds: Sequence[str] = ("srht", "countsketch")) -> list[Ratio]:
     """What a sketch adds to a round at d of a million: at most 10 %."""
     model, data, params = problem(hidden, 4)
     plain = fed_algorithm(model.loss, params, Plain(sum(leaf.size for leaf in jax.tree.leaves(params))), local_steps=5)
     found = []
-    for kind in ("srht", "countsketch"):
+    for kind in kinds:
         sketched = fed_algorithm(model.loss, params, kind=kind, ratio=10.0, local_steps=5)
         timing = compare(
             _round(sketched, params, data), _round(plain, params, data), rounds=max(6, rounds), warmup=2, device=where
         )
-        seconds = timing.ours_seconds
         work = f"a round of 4 clients, K = 5 on 32 examples, d = {plain.compressor.d:,}, {kind} to a tenth"
-        peer = ("the plain round", f"jax {jax.__version__}")
-        found.append(Ratio(f"overhead-{kind}", work, "sketched", *peer, seconds, seconds * timing.ratio, "s", 1 / 1.1))
+        pair = ("sketched", "the plain round", JAX)
+        found.append(Ratio(f"overhead-{kind}", work, *pair, *_seconds(timing), "s", 1 / 1.1))
     return found
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
 
 
 def bytes_rows() -> list[Ratio]:
     """Bytes of a client's update counted at a socket, header and all, sketched beside plain."""
     d = 100_000
-    ours = measure_bytes(Sketched(make_sketch("srht", d, d // 10)))
-    theirs = measure_bytes(Plain(d))
+    ours, theirs = (measure_bytes(arm) for arm in (Sketched(make_sketch("srht", d, d // 10)), Plain(d)))
     work = f"one client's update of d = {d:,} over TCP on loopback, all bytes"
-    return [
-        Ratio(
-            "bytes-up",
-            work,
-            "a sketch of a tenth",
-            "plain",
-            "",
-            ours.up + ours.headers // 2,
-            theirs.up + theirs.headers // 2,
-            "bytes",
-            9.9,
-        )
-    ]
+    counts = (ours.up + ours.headers // 2, theirs.up + theirs.headers // 2)
+    return [Ratio("bytes-up", work, "a sketch of a tenth", "plain", "", *counts, "bytes", 9.9)]
+
+
+def ledger_rows(rounds: int = 2, clients: int = 3) -> list[Ratio]:
+    """The ledger of a run beside what the same rounds are at a socket, numbers alone: to the byte, or it raises."""
+    config = RunConfig(clients=clients, rounds=rounds, local_steps=1, concentration=None)
+    with tempfile.TemporaryDirectory() as folder:
+        written = sum(train(config, folder, every=rounds).ledger.total)
+    found = measure_bytes(prepare(config).algorithm.compressor, clients)
+    counted = rounds * clients * (found.up + found.down)
+    if written != counted:
+        raise RuntimeError(f"expected a ledger of the {counted} bytes at the socket, got {written}")
+    work = f"{rounds} rounds of {clients} clients, sketches of digits, both ways"
+    return [Ratio("bytes-ledger", work, "counted at a socket", "the ledger", "", counted, written, "bytes", 1.0)]
