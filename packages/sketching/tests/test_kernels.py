@@ -132,3 +132,18 @@ def test_the_kernels_and_the_ledger_in_the_bench():
     assert [row.id for row in rows] == ids
     assert all(row.ours_value > 0 and row.peer_value > 0 for row in rows)
     assert rows[-2].ratio == 1 and rows[-2].held
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 24, 512, 700])
+def test_permutations_are_uniform(n):
+    """A permutation in every round; the image of each index fair over 2,000 rounds, chi-squared within 5.5 deviations
+    of its degrees."""
+    index, rounds = jnp.arange(n, dtype=jnp.uint32), 2000
+    drawn = np.asarray(
+        jax.jit(jax.vmap(lambda t: hashing.permuted(hashing.stream(1, t, 2), index, n)))(jnp.arange(rounds))
+    )
+    assert np.array_equal(np.sort(drawn, 1), np.tile(np.arange(n), (rounds, 1)))
+    if 2 < n <= 24:
+        for column in drawn.T:
+            counts = np.bincount(column, minlength=n)
+            assert ((counts - rounds / n) ** 2 / (rounds / n)).sum() < n - 1 + 5.5 * (2 * n - 2) ** 0.5

@@ -69,18 +69,22 @@ def normals(key: UInt32[Array, " 2"], index: UInt32[Array, ...]) -> Array:
 def permuted(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int[Array, ...]:
     """The images of `index` under a random permutation of [0, n).
 
-    A Feistel network on the smallest even number of bits that holds n; values beyond n walk on until they are inside,
-    less than four times on average.
+    A Feistel network on the bits that hold n, in two halves that need not be alike; values beyond n walk on until they
+    are inside: none where n is a power of two, else less than twice on average.
     """
-    half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
-    mask = jnp.uint32((1 << half) - 1)
+    bits = (n - 1).bit_length()
+    low = bits - bits // 2
+    masks = jnp.uint32((1 << (bits - low)) - 1), jnp.uint32((1 << low) - 1)
+
+    def twice(number: Array, value: Array) -> Array:
+        left, right = value >> low, value & masks[1]
+        left = left ^ (words(key + 2 * number, right) & masks[0])
+        right = right ^ (words(key + 2 * number + 1, left) & masks[1])
+        return (left << low) | right
 
     def network(value: Array) -> Array:
-        left, right = value >> half, value & mask
-        for number in range(_ROUNDS):
-            turned = words(key + jnp.uint32(number), right) & mask
-            left, right = right, left ^ turned
-        return (left << half) | right
+        # a loop, so that whoever indexes with the images does not compute them on the way, several times over
+        return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(_ROUNDS // 2), twice, value)
 
     def inside(value: Array) -> Array:
         return value < jnp.uint32(n)
@@ -89,5 +93,7 @@ def permuted(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int
         return jnp.where(inside(value), value, network(value))
 
     value = network(index.astype(jnp.uint32))
+    if n == 1 << bits:
+        return value.astype(jnp.int32)
     value = jax.lax.while_loop(lambda v: ~jnp.all(inside(v)), walk, value)
     return value.astype(jnp.int32)
