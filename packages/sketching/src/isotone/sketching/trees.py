@@ -91,8 +91,10 @@ def tree_sketch(
     seed: int = 0,
     per_leaf: bool = False,
     q: int = 4,
+    ordered: bool = False,
 ) -> TreeSketch:
-    """A sketch for trees like `tree`: of everything at once into `s` numbers or d / `ratio`, or of each leaf.
+    """A sketch for trees like `tree`: of everything at once into `s` numbers or d / `ratio`, or of each leaf. `q`,
+    `ordered`: as `Sketch`.
 
     Raises `InputError` on a tree without leaves, leaves that are not floating point, and s together with per_leaf.
     """
@@ -106,7 +108,9 @@ def tree_sketch(
         raise InputError("expected a ratio for sketches of each leaf, got s")
     sizes = [int(leaf.size) for leaf in leaves] if per_leaf else [sum(int(leaf.size) for leaf in leaves)]
     blocks = [
-        make_sketch(kind, size, s, block_seed(seed, number), ratio=None if s is not None else ratio, q=q)
+        make_sketch(
+            kind, size, s, block_seed(seed, number), ratio=None if s is not None else ratio, q=q, ordered=ordered
+        )
         for number, size in enumerate(sizes)
     ]
     shapes, dtypes = zip(*((tuple(leaf.shape), leaf.dtype) for leaf in leaves), strict=True)
