@@ -170,7 +170,7 @@ def sketch_sensitivity(sketch: Sketch, t: int) -> float:
     Never from below: rows of a transform are a part of an orthogonal matrix; the largest bucket of CountSketch is
     exact; the others are taken from the matrix itself, s d numbers.
     """
-    if sketch.kind in ("identity", "srht", "rand-k", "countsketch"):
+    if sketch.kind in ("identity", "srht", "rand-k", "countsketch", "countsketch-blocks"):
         if sketch.kind == "srht":
             return math.sqrt(sketch.padded / sketch.s)
         return float(sketch.spectral_norm(t))

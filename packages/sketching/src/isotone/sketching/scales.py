@@ -10,10 +10,10 @@ from isotone.sketching.convergence import PROBLEMS
 from isotone.sketching.private_study import TRUSTS, PrivateSetting
 from isotone.sketching.study import Setting
 
-KINDS = ("gaussian", "ams", "countsketch", "sparse", "srht-replace", "srht")
+KINDS = ("gaussian", "ams", "countsketch", "countsketch-blocks", "sparse", "srht-replace", "srht")
 """Of the table of 1 + alpha."""
 ARMS = (
-    *("fedavg", "srht", "countsketch", "sparse", "gaussian", "rand-k"),
+    *("fedavg", "srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k"),
     *("top-k", "fetchsgd", "powersgd", "qsgd"),
 )
 _FREE = AttackConfig(restarts=2, bounded=False)

@@ -52,7 +52,7 @@ def compressors(params: Any, setting: Setting) -> dict[str, Compressor]:
     # at least `ratio` times fewer: rounded down
     s = max(1, int(d / ratio))
     found: dict[str, Compressor] = {"fedavg": Plain(d)}
-    for kind in ("srht", "countsketch", "sparse", "gaussian", "rand-k"):
+    for kind in ("srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k"):
         found[kind] = Sketched(make_sketch(kind, d, max(4, s - s % 4) if kind == "sparse" else s))
     # an index and a value each
     k = max(1, s // 2)

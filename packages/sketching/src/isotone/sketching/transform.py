@@ -14,7 +14,8 @@ import optax
 from jax import Array
 
 from isotone.sketching.rounding import payload, round_to
-from isotone.sketching.trees import TreeSketch, tree_sketch
+from isotone.sketching.sketches import Sketch
+from isotone.sketching.trees import TreeSketch, tree_of, tree_sketch
 
 
 class SketchState(NamedTuple):
@@ -24,7 +25,7 @@ class SketchState(NamedTuple):
 
 
 def sketch_compress(
-    kind: str = "srht",
+    kind: str | Sketch | TreeSketch = "srht",
     *,
     ratio: float = 10.0,
     s: int | None = None,
@@ -35,13 +36,18 @@ def sketch_compress(
 ) -> optax.GradientTransformation:
     """Updates u to `scale` * desk_t(sk_t(u)), t the number of the step.
 
-    `scale` "auto": 1 / (1 + alpha), with which a step that is safe without a sketch is safe with it (section 2.4);
-    1.0 leaves the update unbiased. `ratio`, `s`, `seed`, `per_leaf`: as `tree_sketch`. `dtype`: of the numbers in the
-    channel, see `rounding`.
+    `kind`: of a sketch made for the updates' tree, or a sketch of all its numbers that was made already.     `scale`
+    "auto": 1 / (1 + alpha), with which a step that is safe without a sketch is safe with it (section 2.4); 1.0 leaves
+    the update unbiased. `ratio`, `s`, `seed`, `per_leaf`: as `tree_sketch`. `dtype`: of the numbers in the channel, see
+    `rounding`.
     """
     payload(dtype, 1)  # its own check
 
     def make(tree: Any) -> TreeSketch:
+        if isinstance(kind, TreeSketch):
+            return kind
+        if isinstance(kind, Sketch):
+            return tree_of(tree, kind)
         return tree_sketch(tree, kind, ratio=ratio, s=s, seed=seed, per_leaf=per_leaf)
 
     def init(params: Any) -> SketchState:
@@ -59,6 +65,9 @@ def sketch_compress(
     return optax.GradientTransformation(init, update)
 
 
-def sketched(tx: optax.GradientTransformation, **options: Any) -> optax.GradientTransformation:
-    """`tx` on gradients that went through `sketch_compress(**options)`: what a server sees that is sent sketches."""
-    return optax.chain(sketch_compress(**options), tx)
+def sketched(
+    tx: optax.GradientTransformation, sketch: str | Sketch | TreeSketch = "srht", **options: Any
+) -> optax.GradientTransformation:
+    """`tx` on gradients that went through `sketch_compress(sketch, **options)`: what a server sees that is sent
+    sketches."""
+    return optax.chain(sketch_compress(options.pop("kind", sketch), **options), tx)

@@ -98,12 +98,7 @@ def tree_sketch(
 
     Raises `InputError` on a tree without leaves, leaves that are not floating point, and s together with per_leaf.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    if not leaves:
-        raise InputError("expected a tree with leaves to sketch, got none")
-    for leaf in leaves:
-        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
-            raise InputError(f"expected leaves of floating point, got {getattr(leaf, 'dtype', type(leaf).__name__)}")
+    leaves = _checked_leaves(tree)
     if s is not None and per_leaf:
         raise InputError("expected a ratio for sketches of each leaf, got s")
     sizes = [int(leaf.size) for leaf in leaves] if per_leaf else [sum(int(leaf.size) for leaf in leaves)]
@@ -113,8 +108,32 @@ def tree_sketch(
         )
         for number, size in enumerate(sizes)
     ]
+    return _of_blocks(tree, tuple(blocks))
+
+
+def tree_of(tree: Any, sketch: Sketch) -> TreeSketch:
+    """`sketch` for trees like `tree`, of everything at once. Raises `InputError` as `tree_sketch`, and where the tree
+    has another number of numbers."""
+    d = sum(int(leaf.size) for leaf in _checked_leaves(tree))
+    if d != sketch.d:
+        raise InputError(f"expected a sketch of the tree's {d} numbers, got one of {sketch.d}")
+    return _of_blocks(tree, (sketch,))
+
+
+def _of_blocks(tree: Any, blocks: tuple[Sketch, ...]) -> TreeSketch:
+    leaves, structure = jax.tree.flatten(tree)
     shapes, dtypes = zip(*((tuple(leaf.shape), leaf.dtype) for leaf in leaves), strict=True)
-    return TreeSketch(tuple(blocks), structure, tuple(shapes), tuple(dtypes))
+    return TreeSketch(blocks, structure, tuple(shapes), tuple(dtypes))
+
+
+def _checked_leaves(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        raise InputError("expected a tree with leaves to sketch, got none")
+    for leaf in leaves:
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise InputError(f"expected leaves of floating point, got {getattr(leaf, 'dtype', type(leaf).__name__)}")
+    return list(leaves)
 
 
 def block_seed(seed: int, number: int) -> int:
