@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 import reference
-from jax.sharding import Mesh, PartitionSpec
 
 from isotone.shared.errors import InputError
 from isotone.sketching import data, theory
@@ -74,25 +73,6 @@ def test_a_round_is_the_loop_over_clients():
     two, _ = step(two, key, dealt)
     assert np.allclose(two.params["w"], three.params["w"], atol=1e-6) and infos.loss.shape == (3,)
     assert int(three.round) == 3
-
-
-def test_clients_on_several_devices():
-    """shard_map over two devices, two clients each: the sketches that they send, and their mean, are vmap's."""
-    dealt = points()
-    algorithm = fed_algorithm(squares, start(), kind="countsketch", ratio=4.0, local_steps=2, batch=2, rate=0.1)
-    mesh, split, whole = Mesh(np.array(jax.devices()[:2]), ("clients",)), PartitionSpec("clients"), PartitionSpec()
-
-    def send(client):
-        delta, _ = algorithm.local(start(), jax.random.fold_in(jax.random.key(3), client), dealt, client)
-        return algorithm.compressor.sketch.sk(5, algorithm.tree.flatten(delta))
-
-    def share(clients):
-        return jax.lax.pmean(jnp.mean(jax.vmap(send)(clients), 0), "clients")
-
-    spread = jax.shard_map(share, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False)
-    alone = jax.jit(lambda c: jnp.mean(jax.vmap(send)(c), 0))
-    assert len(jax.devices()) > 1
-    assert np.allclose(jax.jit(spread)(jnp.arange(4)), alone(jnp.arange(4)), atol=1e-6)
 
 
 def test_who_is_not_heard_counts_for_nothing():
