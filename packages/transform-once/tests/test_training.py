@@ -34,9 +34,9 @@ def state_of(model):
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_loss_of_blocks_is_the_loss_of_fields(transform, loss):
     """Value and gradients, by Parseval; also on another grid than the model's own."""
-    model = make_model(T1Config(**{**CONFIG.__dict__, "transform": transform, "modes": (4, 4)}))
+    model = make_model(T1Config(**{**CONFIG.__dict__, "transform": transform, "modes": (4, 4), "depth": 1}))
     graph, params = nnx.split(model)
-    for sizes in ((10, 8), (15, 12)):
+    for sizes in ((10, 8), (15, 12)) if loss == "relative_l2" else ((15, 12),):
         x, y = fields(6, sizes)
         problem = prepare(model, x, y, loss)
 
@@ -59,9 +59,9 @@ def test_loss_of_blocks_is_the_loss_of_fields(transform, loss):
 def test_training_fits_and_stays_above_the_irreducible_error():
     x, y = fields()
     model = make_model(CONFIG)
-    history = model.fit(x[:16], y[:16], test=(x[16:], y[16:]), epochs=40, batch_size=8, lr=1e-2, eval_every=20)
+    history = model.fit(x[:16], y[:16], test=(x[16:], y[16:]), epochs=60, batch_size=8, lr=1e-2, eval_every=30)
     assert history.loss[-1] < 0.6 * history.loss[0]
-    assert [epoch for epoch, *_ in history.tests] == [20, 40] and history.seconds > 0
+    assert [epoch for epoch, *_ in history.tests] == [30, 60] and history.seconds > 0
     found = model.predict(x)
     assert np.isclose(history.tests[-1][1], measured.relative_l2(found[16:], y[16:]).mean(), rtol=1e-4)
     floor = irreducible_error(y, (5, 4))
@@ -132,7 +132,7 @@ def test_eager_steps_are_the_scan():
     recipe = TrainConfig(epochs=1, batch_size=8, lr=3e-3, schedule="constant")
     graph, params = nnx.split(model)
     problem = prepare(model, x, y)
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), 16)).reshape(2, 8)
+    order = np.random.default_rng((0, 0)).permutation(16).reshape(2, 8)
     adam = optax.adamw(3e-3, weight_decay=1e-4)
     state = adam.init(params)
     gradient_of = jax.jit(jax.grad(lambda p, batch: problem.loss(nnx.merge(graph, p), batch)))

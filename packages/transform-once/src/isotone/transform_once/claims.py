@@ -100,6 +100,11 @@ def _reported(task: str, words: str, rows: Rows) -> list[Measurement]:
         )
         claim = _claim(f"{task}-error-{arm}", text, "the official table's values are not known", "relative L2", None)
         found.append(_measured(claim, [row["error"] for row in mine]))
+        if "finer" in mine[0]:
+            text = f"{words}: {arm}, the same weights on the finer grid"
+            source = "section 2.3, resolution transfer"
+            claim = _claim(f"{task}-finer-{arm}", text, source, "relative L2", None)
+            found.append(_measured(claim, [row["finer"] for row in mine]))
     return found
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Inexact
 
 from isotone.shared.errors import InputError
-from isotone.transform_once.initializers import mixing_scale, normal
+from isotone.transform_once.initializers import mixing_scale, normal, uniform
 from isotone.transform_once.transforms import unpack
 
 
@@ -110,13 +110,11 @@ class Dense(nnx.Module):
     ) -> None:
         limit = 1 / math.sqrt(inputs)
         if deviation is None:
-            kernel = jax.random.uniform(rngs.params(), (inputs, outputs), minval=-limit, maxval=limit)
+            kernel = uniform(rngs.params(), (inputs, outputs), limit)
         else:
             kernel = normal(rngs.params(), (inputs, outputs), deviation)
         self.kernel = nnx.Param(kernel)
-        self.bias = (
-            nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-limit, maxval=limit)) if bias else None
-        )
+        self.bias = nnx.Param(uniform(rngs.params(), (outputs,), limit)) if bias else None
 
     def __call__(self, x: Inexact[Array, "... inputs"]) -> Inexact[Array, "... outputs"]:
         y = x @ self.kernel[...].astype(x.dtype)

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from isotone.transform_once import metrics, modes
@@ -40,7 +39,7 @@ class Runner(Protocol):
     """What a study needs of a trainer."""
 
     def warm_up(self) -> float: ...
-    def seconds_per_epoch(self, epochs: int = 2) -> float: ...
+    def seconds_per_epoch(self, seconds: float = 0.3) -> float: ...
     def run(self, epochs: int, total: int | None = None) -> np.ndarray: ...
     def predict(self, inputs: np.ndarray) -> np.ndarray: ...
 
@@ -86,17 +85,18 @@ def trained(
     device: str = "cpu",
     frames: np.ndarray | None = None,
     order: int = 0,
+    finer: Fields | None = None,
 ) -> dict[str, Any]:
     """Train one arm for so many `seconds`, or for the recipe's epochs: a row of the table.
 
     `error`: mean relative L2 on `test`; `curve`: (seconds, error) on the way; `above`: the least ratio of a sample's
     error to the irreducible one, where the arm is truncated; `rollout`: errors on test trajectories `frames` (B, T,
-    ..), by step.
+    ..), by step; `finer`: the error on those fields, of a finer grid.
     """
     made = runner(arm, train, recipe, device)
-    errors = np.zeros(0)
+    errors = found = np.zeros(0)
     compile_seconds = made.warm_up()
-    epoch_seconds = made.seconds_per_epoch()
+    epoch_seconds = made.seconds_per_epoch(0.3 if seconds is None else min(0.3, seconds / 4))
     total = max(1, int(seconds / epoch_seconds)) if seconds is not None else recipe.epochs
     spent, done, curve = 0.0, 0, []
     for check in range(1, CHECKS + 1):
@@ -107,21 +107,23 @@ def trained(
         losses = made.run(more, total)
         spent += time.perf_counter() - start
         done += more
-        errors = metrics.relative_l2(made.predict(test.inputs), test.targets)
+        found = made.predict(test.inputs)
+        errors = metrics.relative_l2(found, test.targets)
         curve.append((spent, float(errors.mean())))
     row = {"arm": arm.name, "seed": recipe.seed, "lr": recipe.lr, "error": curve[-1][1], "curve": curve}
     row |= {"train": float(losses[-1]), "epochs": done, "seconds": spent, "epoch_seconds": epoch_seconds}
     row["compile_seconds"] = compile_seconds
     if recipe.seed == 0:
-        row["sample"] = made.predict(test.inputs[:1])[0].astype(float).round(5).tolist()
+        row["sample"] = found[0].astype(float).round(5).tolist()
     if frames is not None:
         row["rollout"] = rolled(made, frames, order)
+    if finer is not None:
+        row["finer"] = float(metrics.relative_l2(made.predict(finer.inputs), finer.targets).mean())
     if isinstance(arm.config, T1Config):
         floor = modes.irreducible_error(test.targets, arm.config.axes_modes)
         real = arm.config.transform == "dct" and not arm.config.keep_high
         row["above"] = float((errors / np.maximum(floor, 1e-12)).min()) if real else None
         row["floor"] = float(floor.mean())
-    jax.clear_caches()
     return row
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError, check_count
@@ -164,19 +164,15 @@ def _epoch(
     graph: Any,
     loss_fn: Callable[..., Array],
     config: TrainConfig,
-    batches: int,
     sharded: bool,
     loop: _Loop,
     arrays: dict[str, Array],
-    seed: Array,
+    rows: Array,
     lr: Array,
     epoch: Array,
     epochs: Array,
 ) -> tuple[_Loop, Array]:
-    """One epoch over `batches` batches, a scan; on a mesh each device has its share of every batch."""
-    samples = arrays["x"].shape[0]
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), samples)
-    rows = order[: batches * config.batch_size].reshape(batches, config.batch_size)
+    """One epoch over the batches of `rows` (batches, batch), a scan; on a mesh a share of each batch a device."""
     optimizer = _optimizer(config)
     if sharded:
         share = config.batch_size // jax.lax.axis_size(AXIS)
@@ -194,12 +190,12 @@ def _epoch(
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(carry.params)
         if sharded:
             gradient, value, rest = jax.lax.pmean((gradient, value, rest), AXIS)
-        rate = lr * config.rate((epoch + number / batches) / epochs)
+        rate = lr * config.rate((epoch + number / rows.shape[0]) / epochs)
         updates, state = optimizer.update(gradient, carry.optimizer, carry.params)
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), carry.params, updates)
         return _Loop(params, rest, state), value
 
-    loop, values = jax.lax.scan(step, loop, (jnp.arange(batches), rows))
+    loop, values = jax.lax.scan(step, loop, (jnp.arange(rows.shape[0]), rows))
     return loop, jnp.mean(values)
 
 
@@ -240,8 +236,13 @@ class Trainer:
                 module.axis_name = AXIS if mesh is not None else None
         self.graph, params, rest = _split(copy)
         self.loop = self._start(params, rest)
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self.loop, arrays = jax.device_put((self.loop, self.problem.arrays), everywhere)
+            self.problem = self.problem._replace(arrays=arrays)
         self.epoch = 0
         self._run = self._compile()
+        self._compiled: Callable[..., tuple[_Loop, Array]] | None = None
 
     def _check_mesh(self, mesh: Mesh) -> None:
         if self.many or mesh.axis_names != (AXIS,):
@@ -250,7 +251,8 @@ class Trainer:
             raise InputError(f"expected a batch_size that {mesh.size} devices divide, got {self.config.batch_size}")
 
     def _start(self, params: Any, rest: Any) -> _Loop:
-        init = _optimizer(self.config).init
+        # compiled whole: by itself every leaf's zeros would be a program
+        init = jax.jit(_optimizer(self.config).init)
         if not self.many:
             return _Loop(params, rest, init(params))
         from isotone.transform_once.models import make_model
@@ -261,11 +263,11 @@ class Trainer:
             made.train()
             _, own, other = _split(made)
             parts.append(_Loop(own, other, init(own)))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *parts)
 
-    def _compile(self) -> Callable[..., tuple[_Loop, Array]]:
+    def _compile(self) -> Any:
         run: Callable[..., Any] = functools.partial(
-            _epoch, self.graph, self.problem.loss, self.config, self.batches, self.mesh is not None
+            _epoch, self.graph, self.problem.loss, self.config, self.mesh is not None
         )
         if self.many:
             run = jax.vmap(run, (0, None, 0, 0, None, None))
@@ -276,38 +278,44 @@ class Trainer:
 
     def run(self, epochs: int, total: int | None = None) -> np.ndarray:
         """Train `epochs` more of `total` (None: the config's): the loss of each, (epochs,) or (seeds, epochs)."""
+        self.warm_up()
+        assert self._compiled is not None
         found = []
-        total = self.config.epochs if total is None else total
-        seeds = jnp.asarray(self.seeds if self.many else self.seeds[0], jnp.uint32)
-        rates = jnp.asarray(self.rates if self.many else self.rates[0], jnp.float32)
         for _ in range(epochs):
-            number = jnp.asarray(self.epoch, jnp.int32)
-            self.loop, loss = self._run(
-                self.loop, self.problem.arrays, seeds, rates, number, jnp.asarray(total, jnp.float32)
-            )
+            self.loop, loss = self._compiled(*self._arguments(total))
             self.epoch += 1
             found.append(loss)
-        return np.asarray(jnp.stack(found, -1)) if found else np.zeros(0)
+        return np.stack(jax.device_get(found), -1) if found else np.zeros(0)
+
+    def order(self, seed: int) -> np.ndarray:
+        """The samples of each batch of this epoch, (batches, batch): from (seed, epoch) alone."""
+        order = np.random.default_rng((seed, self.epoch)).permutation(len(self.problem.arrays["x"]))
+        return order[: self.batches * self.config.batch_size].reshape(self.batches, -1).astype(np.int32)
+
+    def _arguments(self, total: int | None) -> tuple[Any, ...]:
+        total = self.config.epochs if total is None else total
+        orders = [self.order(seed) for seed in self.seeds]
+        return (
+            *(self.loop, self.problem.arrays),
+            np.stack(orders) if self.many else orders[0],
+            np.asarray(self.rates if self.many else self.rates[0], np.float32),
+            *(np.asarray(self.epoch, np.int32), np.asarray(total, np.float32)),
+        )
 
     def warm_up(self) -> float:
-        """Compile, on a copy; the seconds that took."""
+        """Compile; the seconds that took, 0 the second time."""
         start = time.perf_counter()
-        kept, epoch = jax.tree.map(jnp.copy, self.loop), self.epoch
-        self.run(1)
-        jax.block_until_ready(self.loop)
-        self.loop, self.epoch = kept, epoch
+        if self._compiled is None:
+            self._compiled = self._run.lower(*self._arguments(None)).compile()
         return time.perf_counter() - start
 
-    def seconds_per_epoch(self, epochs: int = 2) -> float:
-        """The median of some compiled epochs, on a copy."""
-        kept, epoch, times = jax.tree.map(jnp.copy, self.loop), self.epoch, []
-        for _ in range(epochs):
-            start = time.perf_counter()
-            self.run(1)
-            jax.block_until_ready(self.loop)
-            times.append(time.perf_counter() - start)
-        self.loop, self.epoch = kept, epoch
-        return float(np.median(times))
+    def seconds_per_epoch(self, seconds: float = 0.3) -> float:
+        """Of epochs run for `seconds` or more, on a copy; the first of them does not count."""
+        kept, epoch = jax.tree.map(lambda leaf: np.array(leaf), self.loop), self.epoch
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.loop)
+        found = timed_epochs(self.run, seconds)
+        self.loop, self.epoch = jax.device_put(kept, where), epoch
+        return found
 
     def models(self) -> list[Operator]:
         """The trained models, one a seed."""
@@ -401,6 +409,20 @@ def _train(
         if store is not None and (last or trainer.epoch % every == 0):
             state = {"identity": identity, "history": dataclasses.asdict(history), "epoch": trainer.epoch}
             store.save(trainer.epoch, _flat(trainer.loop), state)
+
+
+def timed_epochs(run: Callable[[int], Any], seconds: float) -> float:
+    """Seconds an epoch of `run(epochs)`, after one that does not count: twice as many each time until they fill
+    `seconds`."""
+    run(1)
+    epochs = 1
+    while True:
+        start = time.perf_counter()
+        run(epochs)
+        spent = time.perf_counter() - start
+        if spent >= seconds:
+            return spent / epochs
+        epochs *= 2
 
 
 def _restore(trainer: Trainer, history: History, store: CheckpointStore, identity: str) -> None:

@@ -10,6 +10,7 @@ cropped."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import Array
 from jaxtyping import Float
 
 from isotone.transform_once.config import UNetConfig
+from isotone.transform_once.initializers import normal
 from isotone.transform_once.operator import Operator
 
 WIDTHS = (1, 2, 2, 4, 8, 8, 8)
@@ -56,7 +58,9 @@ class UNetBody(nnx.Module):
         self.downs, self.down_norms = nnx.List(downs), nnx.List(down_norms)
         self.ups, self.up_norms = nnx.List(ups), nnx.List(up_norms)
         last = widths[0] * (2 if depth > 1 else 1)
-        self.last = nnx.ConvTranspose(last, outputs, (4,) * dims, (2,) * dims, padding="SAME", rngs=rngs)
+        self.last = nnx.ConvTranspose(
+            *(last, outputs, (4,) * dims, (2,) * dims), padding="SAME", kernel_init=_kernel, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         sizes, multiple = x.shape[1:-1], 2**self.depth
@@ -79,8 +83,17 @@ def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs:
     stride = 2 if kernel == 4 else 1
     # a norm takes out what a bias would add
     return nnx.Conv(
-        *(inputs, outputs, (kernel,) * dims, (stride,) * dims), padding="SAME", use_bias=not normed, rngs=rngs
+        *(inputs, outputs, (kernel,) * dims, (stride,) * dims),
+        padding="SAME",
+        use_bias=not normed,
+        kernel_init=_kernel,
+        rngs=rngs,
     )
+
+
+def _kernel(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Of variance 1 / fan-in (LeCun)."""
+    return normal(key, shape, 1 / math.sqrt(math.prod(shape[:-1]))).astype(dtype)
 
 
 class UNet(Operator):
