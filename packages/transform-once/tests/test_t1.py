@@ -282,7 +282,15 @@ def test_one_and_three_axes(kind, dims):
     assert run(model.evaluating(), fields(sizes, channels=2)).shape == (3, *sizes, 3)
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c.dtype == "float32"], ids=lambda c: type(c).__name__)
+def _slow(number, config):
+    """The first of a kind is always tested, but T1U, whose blocks are T1's and the U-Net's."""
+    first = number == [type(c) for c in CONFIGS].index(type(config))
+    return config if first and not isinstance(config, T1UConfig) else pytest.param(config, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "config", [_slow(i, c) for i, c in enumerate(CONFIGS) if c.dtype == "float32"], ids=lambda c: type(c).__name__
+)
 def test_gradients_are_finite_differences(config):
     """In float64, along a random direction of all weights."""
     with jax.enable_x64(True):

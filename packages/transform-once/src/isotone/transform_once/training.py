@@ -30,6 +30,7 @@ from isotone.shared.errors import InputError, check_count
 from isotone.transform_once import losses, metrics
 from isotone.transform_once.operator import Operator, check_finite
 from isotone.transform_once.t1 import Spectral
+from isotone.transform_once.transforms import Transform
 
 AXIS = "data"
 SCHEDULES = ("step", "cosine", "constant")
@@ -112,33 +113,56 @@ def prepare(model: Operator, inputs: np.ndarray, targets: np.ndarray, loss: str 
             raise InputError(f"expected targets that are not 0 everywhere, got sample {int(np.argmin(flat))}")
     if isinstance(model, Spectral) and model.direct:
         return _spectral_problem(model, inputs, targets, loss)
-    relative = loss == "relative_l2"
+    return Problem({"x": jnp.asarray(inputs), "y": jnp.asarray(targets)}, FieldLoss(loss))
 
-    def of_fields(m: Any, batch: dict[str, Array]) -> Array:
-        found = m(batch["x"])
-        return losses.relative_l2(found, batch["y"]) if relative else losses.mse(found, batch["y"])
 
-    return Problem({"x": jnp.asarray(inputs), "y": jnp.asarray(targets)}, of_fields)
+@dataclass(frozen=True)
+class FieldLoss:
+    """`loss` of fields. Losses are values, so that what was compiled for one serves an equal one."""
+
+    loss: str
+
+    def __call__(self, model: Any, batch: dict[str, Array]) -> Array:
+        found = model(batch["x"])
+        return losses.relative_l2(found, batch["y"]) if self.loss == "relative_l2" else losses.mse(found, batch["y"])
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """`loss` of fields from blocks of modes, by Parseval; `points`: numbers in a field of the model's own grid."""
+
+    loss: str
+    grid: Transform
+    points: int
+
+    def __call__(self, model: Any, batch: dict[str, Array]) -> Array:
+        weights = self.grid.weights() if self.grid.kind == "dft" else None
+        found = model.spectrum(batch["x"])
+        if self.loss == "relative_l2":
+            return losses.relative_l2_freq(found, batch["y"], batch["outside"], weights)
+        return losses.mse_freq(found, batch["y"], batch["outside"], self.points, weights)
 
 
 def _spectral_problem(model: Spectral, inputs: np.ndarray, targets: np.ndarray, loss: str) -> Problem:
-    encode, encode_targets = jax.jit(model.encode), jax.jit(model.encode_targets)
+    graph, state = nnx.split(model)
     # some samples at a time: the fields need not fit beside their spectra
     parts = max(1, math.ceil(inputs.size * 4 / 2**28))
-    x = jnp.concatenate([encode(part) for part in np.array_split(inputs, parts)])
-    pairs = [encode_targets(part) for part in np.array_split(targets, parts)]
+    x = jnp.concatenate([_encode(graph, state, part) for part in np.array_split(inputs, parts)])
+    pairs = [_encode_targets(graph, state, part) for part in np.array_split(targets, parts)]
     y, outside = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-    grid = model.grid(inputs.shape[1:-1])
-    weights = grid.weights() if model.config.transform == "dft" else None
     points = math.prod(model.reference) * targets.shape[-1]
+    return Problem({"x": x, "y": y, "outside": outside}, BlockLoss(loss, model.grid(inputs.shape[1:-1]), points))
 
-    def of_blocks(m: Any, batch: dict[str, Array]) -> Array:
-        found = m.spectrum(batch["x"])
-        if loss == "relative_l2":
-            return losses.relative_l2_freq(found, batch["y"], batch["outside"], weights)
-        return losses.mse_freq(found, batch["y"], batch["outside"], points, weights)
 
-    return Problem({"x": x, "y": y, "outside": outside}, of_blocks)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: Any, state: Any, fields: Array) -> Array:
+    return nnx.merge(graph, state).encode(fields)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_targets(graph: Any, state: Any, fields: Array) -> tuple[Array, Array]:
+    found: tuple[Array, Array] = nnx.merge(graph, state).encode_targets(fields)
+    return found
 
 
 class _Loop(NamedTuple):
@@ -155,6 +179,7 @@ def _split(model: Operator) -> tuple[Any, Any, Any]:
     return parts
 
 
+@functools.lru_cache(maxsize=32)
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW but for the rate, which is traced."""
     return optax.chain(optax.scale_by_adam(eps=config.eps), optax.add_decayed_weights(config.weight_decay))
@@ -199,6 +224,26 @@ def _epoch(
     return loop, jnp.mean(values)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _begun(config: TrainConfig, params: Any) -> Any:
+    """The optimizer's state, by one program: by itself every leaf's zeros would be one."""
+    return _optimizer(config).init(params)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    graph: Any, loss: Any, recipe: TrainConfig, many: bool, mesh: Mesh | None, tree: Any, shapes: tuple[Any, ...]
+) -> Any:
+    """`_epoch`, compiled for arguments of these shapes; Trainers of equal models share it."""
+    run: Callable[..., Any] = functools.partial(_epoch, graph, loss, recipe, mesh is not None)
+    if many:
+        run = jax.vmap(run, (0, None, 0, 0, None, None))
+    if mesh is not None:
+        none = PartitionSpec()
+        run = jax.shard_map(run, mesh=mesh, in_specs=none, out_specs=none, check_vma=False)
+    return jax.jit(run, donate_argnums=0).lower(*jax.tree.unflatten(tree, shapes)).compile()
+
+
 class Trainer:
     """Trains one model, or the same model from several seeds at once (`seeds`), epoch by epoch.
 
@@ -218,6 +263,8 @@ class Trainer:
         mesh: Mesh | None = None,
     ) -> None:
         self.model, self.config, self.mesh = model, config, mesh
+        # what is compiled in: the rest of the recipe is given to the program
+        self.recipe = dataclasses.replace(config, epochs=1, lr=1.0, eval_every=0, seed=0)
         if len(inputs) < config.batch_size:
             raise InputError(f"expected a batch_size of at most {len(inputs)} samples, got {config.batch_size}")
         self.problem = prepare(model, inputs, targets, config.loss)
@@ -241,7 +288,6 @@ class Trainer:
             self.loop, arrays = jax.device_put((self.loop, self.problem.arrays), everywhere)
             self.problem = self.problem._replace(arrays=arrays)
         self.epoch = 0
-        self._run = self._compile()
         self._compiled: Callable[..., tuple[_Loop, Array]] | None = None
 
     def _check_mesh(self, mesh: Mesh) -> None:
@@ -251,8 +297,7 @@ class Trainer:
             raise InputError(f"expected a batch_size that {mesh.size} devices divide, got {self.config.batch_size}")
 
     def _start(self, params: Any, rest: Any) -> _Loop:
-        # compiled whole: by itself every leaf's zeros would be a program
-        init = jax.jit(_optimizer(self.config).init)
+        init = functools.partial(_begun, self.recipe)
         if not self.many:
             return _Loop(params, rest, init(params))
         from isotone.transform_once.models import make_model
@@ -264,17 +309,6 @@ class Trainer:
             _, own, other = _split(made)
             parts.append(_Loop(own, other, init(own)))
         return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *parts)
-
-    def _compile(self) -> Any:
-        run: Callable[..., Any] = functools.partial(
-            _epoch, self.graph, self.problem.loss, self.config, self.mesh is not None
-        )
-        if self.many:
-            run = jax.vmap(run, (0, None, 0, 0, None, None))
-        if self.mesh is not None:
-            none = PartitionSpec()
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=none, out_specs=none, check_vma=False)
-        return jax.jit(run, donate_argnums=0)
 
     def run(self, epochs: int, total: int | None = None) -> np.ndarray:
         """Train `epochs` more of `total` (None: the config's): the loss of each, (epochs,) or (seeds, epochs)."""
@@ -306,7 +340,10 @@ class Trainer:
         """Compile; the seconds that took, 0 the second time."""
         start = time.perf_counter()
         if self._compiled is None:
-            self._compiled = self._run.lower(*self._arguments(None)).compile()
+            leaves, tree = jax.tree.flatten(self._arguments(None))
+            where = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for leaf in leaves)
+            self._compiled = _program(self.graph, self.problem.loss, self.recipe, self.many, self.mesh, tree, shapes)
         return time.perf_counter() - start
 
     def seconds_per_epoch(self, seconds: float = 0.3) -> float:
