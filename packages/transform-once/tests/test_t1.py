@@ -283,9 +283,13 @@ def test_one_and_three_axes(kind, dims):
 
 
 def _slow(number, config):
-    """The first of a kind is always tested, but T1U, whose blocks are T1's and the U-Net's."""
+    """The first of a kind is always tested, but T1U, whose blocks are T1's and the U-Net's, and F-FNO, of FNO's."""
     first = number == [type(c) for c in CONFIGS].index(type(config))
-    return config if first and not isinstance(config, T1UConfig) else pytest.param(config, marks=pytest.mark.slow)
+    return (
+        config
+        if first and not isinstance(config, (T1UConfig, FFNOConfig))
+        else pytest.param(config, marks=pytest.mark.slow)
+    )
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,19 @@ def solve_vorticity(
 
     Raises `InputError` on a grid that is not square, a step that is not above 0 and at most the time between frames.
     """
-    check_count("frames", frames)
-    for name, value in (("viscosity", viscosity), ("t_final", t_final), ("dt", dt)):
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"expected a finite {name} above 0, got {value}")
+    _check(viscosity, t_final, dt, frames)
     if w0.ndim != 3 or w0.shape[1] != w0.shape[2] or w0.shape[1] < 4:
         raise InputError(f"expected fields (n, N, N) with N of 4 or more, got shape {w0.shape}")
     steps = max(1, math.ceil(t_final / frames / dt - 1e-9))
     numbers = (jnp.asarray(value, w0.dtype) for value in (viscosity, t_final / frames / steps))
     return _solve(w0, *numbers, steps, frames, forced)
+
+
+def _check(viscosity: float, t_final: float, dt: float, frames: int) -> None:
+    check_count("frames", frames)
+    for name, value in (("viscosity", viscosity), ("t_final", t_final), ("dt", dt)):
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"expected a finite {name} above 0, got {value}")
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "forced"))
@@ -144,6 +148,7 @@ def navier_stokes(
     """
     check_count("samples", samples)
     check_count("size", size, 4)
+    _check(viscosity, t_final, dt, frames)
     solve_size = solve_size or size
     if solve_size % size:
         raise InputError(f"expected solve_size to be a multiple of {size}, got {solve_size}")
