@@ -109,7 +109,7 @@ def _reported(task: str, words: str, rows: Rows) -> list[Measurement]:
 
 
 def times(rows: Rows, judged: bool = True) -> list[Measurement]:
-    """Samples a second in training, T1 over the faster FNO of the same modes, width and depth."""
+    """Samples a second in training, T1 over the faster FNO."""
     fno = fastest(rows)
     ours = [row["epoch_seconds"] for row in rows if row["arm"] == "t1-naive"]
     theirs = [row["epoch_seconds"] for row in rows if row["arm"] == fno]

@@ -73,7 +73,9 @@ class T1Layer(nnx.Module):
         if residual and in_width != out_width:
             raise InputError(f"expected equal widths with residual, got {in_width} and {out_width}")
         m_total = math.prod(block)
-        deviation = mixing_scale(init, in_width, out_width, n_total, min(m_total, n_total), complex_weights)
+        # each mode of the real FFT that is kept stands for two
+        stands = min(2 * m_total if complex_weights else m_total, n_total)
+        deviation = mixing_scale(init, in_width, out_width, n_total, stands, complex_weights)
         self.residual, self.act = residual, act
         self.mixing = Weight((m_total, in_width, out_width), deviation, complex_weights, rngs)
         # frequency mixing is always the Kaiming form with fan-in m

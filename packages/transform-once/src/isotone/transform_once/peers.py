@@ -22,7 +22,8 @@ def available() -> bool:
 class NeuralopTrainer:
     """Its FNO under `Trainer`'s methods: the same batches a step, AdamW, schedule and relative L2.
 
-    `modes` as ours (its own n_modes counts both signs). Raises `InputError` where it is not installed.
+    `modes` as ours: its own n_modes counts both signs, and of the last axis 2 m - 1 keeps m. Raises `InputError` where
+    it is not installed.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class NeuralopTrainer:
         torch.manual_seed(seed)
         self.torch, self.config, self.device = torch, config, device
         self.model = FNO(
-            n_modes=tuple(2 * m for m in modes),
+            n_modes=(*(2 * m for m in modes[:-1]), 2 * modes[-1] - 1),
             hidden_channels=width,
             n_layers=depth,
             in_channels=inputs.shape[-1],

@@ -33,7 +33,7 @@ from isotone.transform_once.speed import curve
 from isotone.transform_once.study import trained, tuned
 from isotone.transform_once.transforms import Transform
 
-VERSION = 2
+VERSION = 3
 FILES = {
     "darcy": ("darcy_train_16.npz", "darcy_test_16.npz"),
     "burgers": ("burgers_train_16.npz", "burgers_test_16.npz"),
@@ -156,7 +156,7 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
                 own = dataclasses.replace(recipe, lr=rate, seed=seed)
                 finish = partial(
                     trained,
-                    *(arm, train, test, own),
+                    *(arm, train, valid, test, own),
                     seconds=task.seconds,
                     device=where,
                     frames=frames,
@@ -171,7 +171,11 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
 def _figures(task: Task, fields: Fields, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     _, _, test = _parts(task, fields)
     samples = {row["arm"]: np.array(row["sample"]) for row in rows if "sample" in row}
-    shown = {name: samples[name] for name in ("t1-naive", "t1-vp", "fno", "neuralop", "t1u") if name in samples}
+    shown = {
+        name: samples[name]
+        for name in ("t1-naive", "t1-vp-first", "fno", "neuralop", "t1u", "u-net")
+        if name in samples
+    }
     whole = fields.targets[: min(len(fields), 200)]
     most = min(whole.shape[1:-1])
     counts = sorted({max(1, most * share // 16) for share in range(1, 17)})

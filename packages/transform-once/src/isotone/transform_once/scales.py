@@ -202,6 +202,7 @@ def _plumes(size: int, modes: int, samples: int, epochs: int, batch: int) -> Tas
             Arm("t1-vp", T1Config(modes=(modes, modes), width=24, depth=4, sizes=tall, **more), (1e-3,)),
             Arm("t1u", T1UConfig(modes=(modes, modes), exponent=5, sizes=tall, **more), (1e-3,)),
             *fnos(min(48, size // 2 - 1), 24, 4, (1e-3,), **more),
+            Arm("u-net", UNetConfig(exponent=5, **more), (1e-3,)),
         ),
         TrainConfig(batch_size=batch, epochs=epochs, schedule="cosine"),
         {"frames": 30},

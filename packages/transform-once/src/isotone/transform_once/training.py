@@ -101,12 +101,7 @@ def prepare(model: Operator, inputs: np.ndarray, targets: np.ndarray, loss: str 
     loss, on targets that are 0 everywhere.
     """
     inputs, targets = np.asarray(inputs), np.asarray(targets)
-    model.check_fields(inputs)
-    model.check_fields(targets, "targets", model.config.out_channels)
-    if inputs.shape[:-1] != targets.shape[:-1] or not len(inputs):
-        raise InputError(f"expected as many targets as inputs on one grid, got {inputs.shape} and {targets.shape}")
-    check_finite("inputs", inputs)
-    check_finite("targets", targets)
+    _check_pair(model, inputs, targets)
     if loss == "relative_l2":
         flat = np.abs(targets).reshape(len(targets), -1).max(1)
         if (flat == 0).any():
@@ -114,6 +109,18 @@ def prepare(model: Operator, inputs: np.ndarray, targets: np.ndarray, loss: str 
     if isinstance(model, Spectral) and model.direct:
         return _spectral_problem(model, inputs, targets, loss)
     return Problem({"x": jnp.asarray(inputs), "y": jnp.asarray(targets)}, FieldLoss(loss))
+
+
+def _check_pair(model: Operator, inputs: Any, targets: Any, what: str = "") -> None:
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
+    model.check_fields(inputs, f"{what}inputs")
+    model.check_fields(targets, f"{what}targets", model.config.out_channels)
+    if inputs.shape[:-1] != targets.shape[:-1] or not len(inputs):
+        raise InputError(
+            f"expected as many {what}targets as inputs on one grid, got {inputs.shape} and {targets.shape}"
+        )
+    check_finite(f"{what}inputs", inputs)
+    check_finite(f"{what}targets", targets)
 
 
 @dataclass(frozen=True)
@@ -137,9 +144,10 @@ class BlockLoss:
 
     def __call__(self, model: Any, batch: dict[str, Array]) -> Array:
         weights = self.grid.weights() if self.grid.kind == "dft" else None
-        found = model.spectrum(batch["x"])
+        block = model.spectrum(batch["x"])
+        found = block * model.out_scale[...].astype(block.real.dtype)
         if self.loss == "relative_l2":
-            return losses.relative_l2_freq(found, batch["y"], batch["outside"], weights)
+            return losses.relative_l2_freq(found, batch["y"], batch["outside"], weights, batch["norm"])
         return losses.mse_freq(found, batch["y"], batch["outside"], self.points, weights)
 
 
@@ -148,10 +156,12 @@ def _spectral_problem(model: Spectral, inputs: np.ndarray, targets: np.ndarray, 
     # some samples at a time: the fields need not fit beside their spectra
     parts = max(1, math.ceil(inputs.size * 4 / 2**28))
     x = jnp.concatenate([_encode(graph, state, part) for part in np.array_split(inputs, parts)])
-    pairs = [_encode_targets(graph, state, part) for part in np.array_split(targets, parts)]
-    y, outside = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
+    each = [_encode_targets(graph, state, part) for part in np.array_split(targets, parts)]
+    y, outside, norm = (jnp.concatenate(part) for part in zip(*each, strict=True))
     points = math.prod(model.reference) * targets.shape[-1]
-    return Problem({"x": x, "y": y, "outside": outside}, BlockLoss(loss, model.grid(inputs.shape[1:-1]), points))
+    return Problem(
+        {"x": x, "y": y, "outside": outside, "norm": norm}, BlockLoss(loss, model.grid(inputs.shape[1:-1]), points)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -160,9 +170,14 @@ def _encode(graph: Any, state: Any, fields: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_targets(graph: Any, state: Any, fields: Array) -> tuple[Array, Array]:
-    found: tuple[Array, Array] = nnx.merge(graph, state).encode_targets(fields)
+def _encode_targets(graph: Any, state: Any, fields: Array) -> tuple[Array, Array, Array]:
+    found: tuple[Array, Array, Array] = nnx.merge(graph, state).encode_targets(fields)
     return found
+
+
+def _copied(tree: Any) -> Any:
+    # through the host: a copy on the device is a program for every shape
+    return jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), tree)
 
 
 class _Loop(NamedTuple):
@@ -299,6 +314,8 @@ class Trainer:
     def _start(self, params: Any, rest: Any) -> _Loop:
         init = functools.partial(_begun, self.recipe)
         if not self.many:
+            # a copy: the program takes what it is given for its own
+            params, rest = _copied((params, rest))
             return _Loop(params, rest, init(params))
         from isotone.transform_once.models import make_model
 
@@ -346,6 +363,12 @@ class Trainer:
             self._compiled = _program(self.graph, self.problem.loss, self.recipe, self.many, self.mesh, tree, shapes)
         return time.perf_counter() - start
 
+    def memory(self) -> int:
+        """Bytes that an epoch's program works in beside its arguments and results, as XLA plans them."""
+        self.warm_up()
+        plan: Any = self._compiled
+        return int(plan.memory_analysis().temp_size_in_bytes)
+
     def seconds_per_epoch(self, seconds: float = 0.3) -> float:
         """Of epochs run for `seconds` or more, on a copy; the first of them does not count."""
         kept, epoch = jax.tree.map(lambda leaf: np.array(leaf), self.loop), self.epoch
@@ -355,9 +378,9 @@ class Trainer:
         return found
 
     def models(self) -> list[Operator]:
-        """The trained models, one a seed."""
+        """The trained models as they are now, one a seed."""
         if not self.many:
-            return [nnx.merge(self.graph, self.loop.params, self.loop.rest)]
+            return [nnx.merge(self.graph, *_copied((self.loop.params, self.loop.rest)))]
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], self.loop) for i in range(len(self.seeds))]
         return [nnx.merge(self.graph, loop.params, loop.rest) for loop in each]
 
@@ -378,25 +401,36 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    standardize: bool = True,
     progress: Callable[[int, float], None] | None = None,
     **settings: Any,
 ) -> History:
-    """Train `model` in place on fields; `settings` are fields of `TrainConfig` where no `config` is given.
+    """Train `model` in place on fields; `settings` are fields of `TrainConfig` where no `config` is given. What is
+    left of an epoch's order when whole batches are taken is not used in that epoch.
 
-    `test`: fields to measure the relative L2 on, every `eval_every` epochs and at the end. `checkpoint`: a folder saved
-    to every `checkpoint_every` epochs and, with `resume`, gone on from, to the bit on CPU. `progress(epoch, loss)`.
-    Raises `InputError` as `Trainer` and `prepare`, on unknown settings, a loss that is not finite, and a checkpoint of
-    another run.
+    `standardize`: each channel by its mean and deviation in these fields from now on (`Operator.set_units`); without,
+    the model sees the fields as they are, as the paper's runs do. `test`: fields to measure the relative L2 on, every
+    `eval_every` epochs and at the end. `checkpoint`: a folder saved to every `checkpoint_every` epochs and, with
+    `resume`, gone on from, to the bit on CPU. `progress(epoch, loss)`. Raises `InputError` as `Trainer` and `prepare`,
+    on unknown settings, a loss that is not finite, a `test` that does not fit, and a checkpoint of another run; the
+    model is then as it was.
     """
     config = config or train_config(**settings)
     check_count("checkpoint_every", checkpoint_every)
+    _check_pair(model, inputs, targets)
+    if test is not None:
+        _check_pair(model, *test, what="test ")
+    given = model
+    if standardize:
+        model = nnx.clone(model)
+        model.set_units(inputs, targets)
     trainer = Trainer(model, inputs, targets, config, mesh=mesh)
     history = History()
     store = CheckpointStore(checkpoint) if checkpoint is not None else None
-    identity = run_identity(model, inputs, targets, config)
     if store is None:
-        _train(trainer, history, test, checkpoint_every, None, identity, progress)
+        _train(trainer, history, test, checkpoint_every, None, "", progress)
     else:
+        identity = run_identity(model, inputs, targets, config)
         with store:
             if resume:
                 _restore(trainer, history, store, identity)
@@ -407,7 +441,7 @@ def fit(
     for _, module in nnx.iter_modules(trained):
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = None
-    nnx.update(model, nnx.state(trained))
+    nnx.update(given, nnx.state(trained))
     return history
 
 

@@ -28,8 +28,9 @@ WIDTHS = (1, 2, 2, 4, 8, 8, 8)
 class UNetBody(nnx.Module):
     """(B, n1, .., nd, C_in) to (B, n1, .., nd, C_out), for pictures of the size that it was made for or larger.
 
-    `exponent` e: 2^e channels at the top; at most `depth` halvings, and no more than the smallest of `sizes` has.
-    Batch statistics in training (`train()`), running ones in `eval()`."""
+    `exponent` e: 2^e channels at the top; convolutions in `dtype`, norms and weights in float32; at most `depth`
+    halvings, and no more than the smallest of `sizes` has. Batch statistics in training (`train()`), running ones in
+    `eval()`."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class UNetBody(nnx.Module):
         *,
         depth: int,
         rngs: nnx.Rngs,
+        dtype: str = "float32",
     ) -> None:
         depth = max(1, min(depth, len(WIDTHS), int(math.log2(max(2, min(sizes))))))
         self.dims, self.depth = dims, depth
@@ -49,17 +51,17 @@ class UNetBody(nnx.Module):
         for level, width in enumerate(widths):
             source = inputs if level == 0 else widths[level - 1]
             normed = 0 < level < depth - 1
-            downs.append(_conv(dims, source, width, 4, normed, rngs))
+            downs.append(_conv(dims, source, width, 4, normed, rngs, dtype))
             down_norms.append(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) if normed else None)
         for level in range(depth - 1, 0, -1):
             source = widths[level] * (1 if level == depth - 1 else 2)
-            ups.append(_conv(dims, source, widths[level - 1], 3, True, rngs))
+            ups.append(_conv(dims, source, widths[level - 1], 3, True, rngs, dtype))
             up_norms.append(nnx.BatchNorm(widths[level - 1], momentum=0.9, rngs=rngs))
         self.downs, self.down_norms = nnx.List(downs), nnx.List(down_norms)
         self.ups, self.up_norms = nnx.List(ups), nnx.List(up_norms)
         last = widths[0] * (2 if depth > 1 else 1)
         self.last = nnx.ConvTranspose(
-            *(last, outputs, (4,) * dims, (2,) * dims), padding="SAME", kernel_init=_kernel, rngs=rngs
+            *(last, outputs, (4,) * dims, (2,) * dims), padding="SAME", kernel_init=_kernel, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
@@ -79,7 +81,7 @@ class UNetBody(nnx.Module):
         return x[(slice(None), *(slice(0, n) for n in sizes))]
 
 
-def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs: nnx.Rngs, dtype: str) -> nnx.Conv:
     stride = 2 if kernel == 4 else 1
     # a norm takes out what a bias would add
     return nnx.Conv(
@@ -87,6 +89,7 @@ def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs:
         padding="SAME",
         use_bias=not normed,
         kernel_init=_kernel,
+        dtype=dtype,
         rngs=rngs,
     )
 
@@ -102,13 +105,20 @@ class UNet(Operator):
     config: UNetConfig
 
     def __init__(self, config: UNetConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or UNetConfig()
+        self._begin(config := config or UNetConfig())
         rngs = rngs or nnx.Rngs(0)
         inputs = config.in_channels + config.dims
         sizes = (2**config.depth,) * config.dims
         self.body = UNetBody(
-            config.dims, inputs, config.out_channels, config.exponent, sizes, depth=config.depth, rngs=rngs
+            config.dims,
+            inputs,
+            config.out_channels,
+            config.exponent,
+            sizes,
+            depth=config.depth,
+            rngs=rngs,
+            dtype=config.dtype,
         )
 
-    def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+    def apply(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         return self.body(self.with_coordinates(fields)).astype(fields.dtype)
