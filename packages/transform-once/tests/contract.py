@@ -14,7 +14,6 @@ BAD = [
     (["train", "other.npz", *TRAIN], "found z"),
     (["train", "grids.npz", *TRAIN], "one grid"),
     (["train", "fields.txt", *TRAIN], "fields.txt"),
-    (["train", "torn.pt", *TRAIN], "torn.pt"),
     (["train", "torn.h5", *TRAIN], "torn.h5"),
     (["train", "fields.npz", "--model", "lstm"], "lstm"),
     (["train", "fields.npz", "--modes", "9"], "9"),
@@ -52,7 +51,6 @@ def files(folder: Path) -> None:
     np.savez(folder / "grids.npz", x=x, y=x[:, :4])
     np.savez(folder / "zero.npz", x=x, y=0 * x)
     (folder / "torn.npz").write_bytes((folder / "fields.npz").read_bytes()[:200])
-    (folder / "torn.pt").write_bytes(b"\x80\x04junk")
     (folder / "torn.h5").write_bytes(b"\x89HDF\r\n")
     (folder / "fields.txt").write_text("1 2 3")
     (folder / "torn").mkdir()

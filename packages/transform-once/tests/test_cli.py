@@ -49,7 +49,7 @@ def test_from_fields_to_predictions(tmp_path):
         assert (tmp_path / name).stat().st_size > 3000
 
 
-@pytest.mark.parametrize("model", ["t1u", "mlp", "fno"])
+@pytest.mark.parametrize("model", [pytest.param("t1u", marks=pytest.mark.slow), "mlp", "fno"])
 def test_every_model_is_trained_by_name(model, tmp_path):
     write_fields(tmp_path)
     modes = ["--modes", "auto" if model == "fno" else "3"]
@@ -161,6 +161,7 @@ def test_claims_by_hand():
     assert claims.times([*rows, row(naive[0], 0, 0.1, 0.5)])[0].measured == 4.0
 
 
+@pytest.mark.slow
 def test_every_row_of_the_bench(monkeypatch):
     monkeypatch.setattr(bench, "MODES", 3)
     monkeypatch.setattr(bench, "WIDTH", 2)

@@ -83,6 +83,9 @@ def test_torch_files_are_tensors_alone(tmp_path):
     torch.save([x], tmp_path / "list.pt")
     with pytest.raises(InputError, match="dict"):
         data.load(tmp_path / "list.pt")
+    (tmp_path / "torn.pt").write_bytes(b"\x80\x04junk")
+    with pytest.raises(InputError, match=r"torn\.pt"):
+        data.load(tmp_path / "torn.pt")
 
 
 class Evil:
@@ -125,7 +128,7 @@ def test_generated_fields_survive_a_file(tmp_path):
     "config",
     [
         T1Config(modes=(4, 4), width=3, depth=1, sizes=(8, 8), head_scale=0.1),
-        FNOConfig(modes=(3, 3), width=3, depth=1, head_width=4),
+        pytest.param(FNOConfig(modes=(3, 3), width=3, depth=1, head_width=4), marks=pytest.mark.slow),
     ],
     ids=["t1", "fno"],
 )

@@ -8,6 +8,7 @@ Read: .npz (`inputs` and `targets`, or `x` and `y`, with or without a channel ax
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -191,7 +192,9 @@ def _torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise InputError("expected torch for .pt files (extra torch), it is not installed") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader meets in a file that is torn or holds more than tensors
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"expected a torch file of tensors alone in {str(path)!r}: {text}") from None
