@@ -38,7 +38,9 @@ FRONT = {"cli", "reproduce", "bench", "__main__"}  # what may print, parse argum
 COMMON = {"--out", "--seeds", "--device", "--resume", "--json", "--quiet"}
 SMOKE_SECONDS = 15
 README_SECONDS = 20
-# the limits are those of a machine with nothing else to do: beside a second worker of the tests everything is slower
+# the limits are those of a core that takes LOOP_SECONDS for a loop, with nothing else to do: beside a second worker of
+# the tests everything is slower
+LOOP_SECONDS = 0.085
 SHARE = 1.6 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else 1.0
 
 
@@ -238,15 +240,27 @@ def test_bad_input_is_one_sentence(number: int, tmp_path: Path) -> None:
 
 
 def stopwatch() -> Callable[[], float]:
-    """Seconds since: by the clock or, where other tests have the cores, those that this process and its children
-    computed."""
+    """Seconds since on a reference core: by the clock or, where other tests have the cores, those that this process and
+    its children computed."""
 
     def now() -> tuple[float, float]:
         used = os.times()
         return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
 
-    begin = now()
-    return lambda: min(b - a for a, b in zip(begin, now(), strict=True)) / SHARE
+    before, begin = slowness(), now()
+
+    def stop() -> float:
+        seconds = min(b - a for a, b in zip(begin, now(), strict=True))
+        return seconds / SHARE / max(1.0, before, slowness())
+
+    return stop
+
+
+def slowness() -> float:
+    """How many times longer than the reference this core takes for a loop, now."""
+    start = time.perf_counter()
+    assert len([i & 7 for i in range(3_000_000)]) == 3_000_000
+    return (time.perf_counter() - start) / LOOP_SECONDS
 
 
 def test_smoke_reproduction(tmp_path: Path) -> None:
