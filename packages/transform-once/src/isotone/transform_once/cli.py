@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import jax
 import numpy as np
@@ -51,6 +51,10 @@ KINDS = {
     "f-fno": FFNOConfig,
     "u-net": UNetConfig,
 }
+if TYPE_CHECKING:
+    Called = typer.Context
+else:
+    Called = typer.Context.__mro__[1]  # what is handed over: click's own, which versions of typer keep in two places
 UNUSED = {
     "t1u": ("width",),
     "mlp": ("init",),
@@ -168,7 +172,7 @@ def train(
 @verb(app)
 def evaluate(
     run: Run,
-    called: typer.Context,
+    called: Called,
     folder: Model,
     file: File,
     context: Context = None,
@@ -199,7 +203,7 @@ def evaluate(
 @verb(app)
 def rollout(
     run: Run,
-    called: typer.Context,
+    called: Called,
     folder: Model,
     file: File,
     steps: Annotated[int, Opt(help="frames to predict")] = 10,
@@ -303,7 +307,7 @@ def benchmark(
 @verb(app)
 def export(
     run: Run,
-    called: typer.Context,
+    called: Called,
     folder: Model,
     sizes: Annotated[str, Opt(help="the grid, such as 64,64; that of the training if not given")] = "",
 ) -> dict:
@@ -444,7 +448,7 @@ def _floor(config: OperatorConfig, targets: np.ndarray) -> dict[str, float]:
     return {"irreducible": round(float(modes.irreducible_error(targets, config.axes_modes).mean()), 5)}
 
 
-def _beside(run: Run, called: typer.Context, folder: Path) -> Path:
+def _beside(run: Run, called: Called, folder: Path) -> Path:
     """Beside the model, where no --out was given."""
     source = called.get_parameter_source("out")
     return folder if source is None or source.name.startswith("DEFAULT") else run.out
