@@ -97,6 +97,9 @@ def test_models_of_increments(tmp_path):
     assert np.isclose(steps["relative_l2"][0], each[:10].mean(), rtol=1e-3)
     done = run_cli(app, ["rollout", "run", "t.npz", "--no-channels", "--order", "0"], tmp_path)
     assert done.code == 2 and "expected --order 1" in done.stderr
+    load(tmp_path / "t.npz", 2, 2, channels=False).save(tmp_path / "wider.npz")
+    done = run_cli(app, ["rollout", "run", "wider.npz"], tmp_path)
+    assert done.code == 2 and "windows of step 1" in done.stderr
     (tmp_path / "run" / "run.json").write_text("{}")
     done = run_cli(app, ["evaluate", "run", "t.npz", "--no-channels"], tmp_path)
     assert done.code == 2 and "run.json" in done.stderr

@@ -236,6 +236,8 @@ def rollout(
         following = given.following(start or 0, steps)
         if following is None and start is not None:
             raise InputError(f"expected no --start for pairs, got {start}")
+        if following is not None and info["known"] and given.step != info["step"]:
+            raise InputError(f"expected windows of step {info['step']} in {str(file)!r}, got {given.step}")
         inputs = given.inputs if following is None else given.inputs[following[0]]
         frames = np.stack(np.split(inputs, inputs.shape[-1] // own, -1), 1)
         found = model.rollout(frames, steps, order, domain)
