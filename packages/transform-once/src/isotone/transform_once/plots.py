@@ -46,13 +46,16 @@ def step_times(rows: Sequence[Sequence[Any]], title: str = "Time of a training s
 
 def fields(inputs: np.ndarray, targets: np.ndarray, predictions: Mapping[str, np.ndarray], channel: int = 0) -> Any:
     """One sample (N1, N2, C): input, target, and for each model its field and its error on one scale; of one axis
-    (N, C), lines."""
+    (N, C), lines; of three, the middle of the first."""
     if targets.ndim == 2:
         drawing, axes = figure("One test sample", "point", "field", size=(7.4, 4.4))
         for name, line in {"input": inputs, "target": targets, **predictions}.items():
             axes.plot(line[:, channel], label=name, linestyle="--" if name == "input" else "-")
         axes.legend(fontsize=9)
         return drawing
+    if targets.ndim == 4:
+        inputs, targets = inputs[len(inputs) // 2], targets[len(targets) // 2]
+        predictions = {name: field[len(field) // 2] for name, field in predictions.items()}
     columns = 2 + len(predictions)
     drawing, whole = figure("", "", "", size=(2.6 * columns, 5.4))
     drawing.delaxes(whole)
