@@ -11,7 +11,8 @@ from jaxtyping import TypeCheckError
 from isotone.shared.errors import InputError
 from isotone.transform_once import FNOConfig, MLPConfig, T1Config, T1UConfig, irreducible_error, losses, make_model
 from isotone.transform_once import metrics as measured
-from isotone.transform_once.training import AXIS, TrainConfig, Trainer, fit, prepare
+from isotone.transform_once.problem import prepare
+from isotone.transform_once.training import AXIS, TrainConfig, Trainer, fit
 
 CONFIG = T1Config(modes=(5, 4), width=6, depth=1, sizes=(10, 8), init="kaiming", head_width=8, head_scale=0.05)
 RECIPE = {"epochs": 6, "batch_size": 8, "lr": 3e-3}
@@ -121,6 +122,14 @@ def test_seeds_side_by_side_are_the_seeds_alone(config):
         assert np.allclose(found[row], history.loss, rtol=1e-4)
         for a, b in zip(state_of(many.models()[row]), state_of(model), strict=True):
             assert np.allclose(a, b, atol=1e-4)
+
+
+def test_seeds_side_by_side_have_the_models_units():
+    x, y = 300 * fields()[0] + 1000, 1e-3 * fields()[1]
+    model = make_model(CONFIG)
+    model.set_units(x, y)
+    found = Trainer(model, x, y, TrainConfig(**RECIPE), seeds=[0]).run(6)
+    assert np.allclose(found[0], fit(make_model(CONFIG), x, y, **RECIPE).loss, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

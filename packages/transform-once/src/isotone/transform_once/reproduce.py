@@ -104,9 +104,7 @@ def _data(task: Task, folder: Path) -> Fields | None:
     if not path.is_file():
         generate(task.problem, total, size, 0, **settings).save(path)
     fields = load(path)
-    if task.order == 1:
-        last = fields.inputs[..., -fields.targets.shape[-1] :]
-        fields = dataclasses.replace(fields, targets=fields.targets - last)
+    fields = fields.increments(task.order)
     return fields.coarser(task.size) if task.solve_size else fields
 
 

@@ -40,10 +40,10 @@ def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, dom
         raise InputError(
             f"expected frames of {config.dims + 3} axes (samples, context, grid, channels), got {frames.shape}"
         )
-    context, channels = frames.shape[1], frames.shape[-1]
-    if context * channels != config.in_channels or channels != config.out_channels:
+    context, own = frames.shape[1], frames.shape[-1]
+    if context * own != config.in_channels or own != config.out_channels:
         wanted = f"{config.in_channels} context channels and {config.out_channels} a frame"
-        raise InputError(f"expected {wanted}, got {context} frames of {channels}")
+        raise InputError(f"expected {wanted}, got {context} frames of {own}")
     if order == 2 and context < 2:
         raise InputError("expected two context frames for order 2, got 1")
     check_finite("frames", frames)
@@ -55,7 +55,7 @@ def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, dom
     return np.asarray(run(graph, steps, order, state, jnp.asarray(frames)))
 
 
-def _advance(order: int, window: Array, found: Array) -> Array:
+def advance(order: int, window: Array, found: Array) -> Array:
     """The window (context, ...) moved on by one frame."""
     if order == 1:
         found = window[-1] + found
@@ -64,7 +64,7 @@ def _advance(order: int, window: Array, found: Array) -> Array:
     return jnp.concatenate([window[1:], found[None]])
 
 
-def _channels(window: Array) -> Array:
+def channels(window: Array) -> Array:
     """(context, B, grid, C) to (B, grid, context C)."""
     return jnp.concatenate(list(window), -1)
 
@@ -72,7 +72,7 @@ def _channels(window: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _physical(graph: Any, steps: int, order: int, state: Any, frames: Array) -> Array:
     def step(window: Array, _: None) -> tuple[Array, Array]:
-        window = _advance(order, window, nnx.merge(graph, state)(_channels(window)))
+        window = advance(order, window, nnx.merge(graph, state)(channels(window)))
         return window, window[-1]
 
     _, found = jax.lax.scan(step, jnp.moveaxis(frames, 1, 0), None, length=steps)
@@ -89,9 +89,9 @@ def _frequency(graph: Any, steps: int, order: int, state: Any, frames: Array) ->
     shift = model.out_shift[...] * jnp.asarray(model._constants[..., -1:], window.dtype)
 
     def step(window: Array, _: None) -> tuple[Array, Array]:
-        given = model.standardized_block(_channels(window))
+        given = model.standardized_block(channels(window))
         found = model.spectrum(given) * model.out_scale[...].astype(window.real.dtype) + shift
-        window = _advance(order, window, found)
+        window = advance(order, window, found)
         return window, window[-1]
 
     _, found = jax.lax.scan(step, window, None, length=steps)

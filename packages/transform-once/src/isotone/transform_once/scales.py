@@ -213,7 +213,7 @@ def _plumes(size: int, modes: int, samples: int, epochs: int, batch: int) -> Tas
 
 _SMOKE = Task(
     "wall",
-    "Navier-Stokes at 16 x 16, a second of training",
+    "Navier-Stokes at 16 x 16, 0.2 s of training",
     "navier-stokes",
     *(16, 40, 10, 10),
     (

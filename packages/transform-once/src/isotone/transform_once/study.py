@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 
 from isotone.transform_once import metrics, modes
@@ -19,6 +20,7 @@ from isotone.transform_once.config import FNOConfig, OperatorConfig, T1Config
 from isotone.transform_once.data import Fields
 from isotone.transform_once.models import make_model
 from isotone.transform_once.peers import NeuralopTrainer
+from isotone.transform_once.rollout import advance, channels
 from isotone.transform_once.training import TrainConfig, Trainer
 
 CHECKS = 8
@@ -95,9 +97,9 @@ def trained(
 
     An arm of so many seconds runs the epochs that fill them, counted again at every look, and so does its schedule.
     `error`: mean relative L2 on `test` at the look with the least `valid` error, `valid`; `last`: at the last look;
-    `curve`: (seconds, error) on the way; `above`: the least ratio of a sample's
-    error to the irreducible one, where the arm is truncated; `rollout`: errors on test trajectories `frames` (B, T,
-    ..), by step; `finer`: the error on those fields, of a finer grid.
+    `curve`: (seconds, error) on the way; `above`: the least ratio of a sample's error to the irreducible one, where the
+    arm is truncated; of the weights at the end, `rollout`: errors on test trajectories `frames` (B, T, ..), by step,
+    and `finer`: the error on those fields, of a finer grid.
     """
     made = runner(arm, train, recipe, device)
     errors = found = np.zeros(0)
@@ -117,8 +119,10 @@ def trained(
         done += max(1, more)
         now = made.predict(test.inputs)
         each = metrics.relative_l2(now, test.targets)
-        score = float(metrics.relative_l2(made.predict(valid.inputs), valid.targets).mean())
-        curve.append((spent, float(each.mean())))
+        error = float(each.mean())
+        # a rate is tuned on one split, which is both
+        score = error if valid is test else float(_mean_error(made, valid))
+        curve.append((spent, error))
         if score < best or not errors.size:
             best, errors, found = score, each, now
     row = {"arm": arm.name, "seed": recipe.seed, "lr": recipe.lr, "error": float(errors.mean()), "valid": best}
@@ -130,13 +134,17 @@ def trained(
     if frames is not None:
         row["rollout"] = rolled(made, frames, order)
     if finer is not None:
-        row["finer"] = float(metrics.relative_l2(made.predict(finer.inputs), finer.targets).mean())
+        row["finer"] = float(_mean_error(made, finer))
     if isinstance(arm.config, T1Config):
         floor = modes.irreducible_error(test.targets, arm.config.axes_modes)
         real = arm.config.transform == "dct" and not arm.config.keep_high
         row["above"] = float((errors / np.maximum(floor, 1e-12)).min()) if real else None
         row["floor"] = float(floor.mean())
     return row
+
+
+def _mean_error(made: Runner, fields: Fields) -> np.floating[Any]:
+    return metrics.relative_l2(made.predict(fields.inputs), fields.targets).mean()
 
 
 def tuned(
@@ -162,10 +170,8 @@ def tuned(
 def rolled(made: Any, frames: np.ndarray, order: int) -> dict[str, float]:
     """Mean relative L2 of predicted frames by step, from the first two frames of each trajectory (B, T, ..), by any
     runner's predictions."""
-    window, found = [frames[:, 0], frames[:, 1]], {}
+    window, found = jnp.asarray(np.moveaxis(frames[:, :2], 1, 0)), {}
     for step in range(1, frames.shape[1] - 1):
-        given = made.predict(np.concatenate(window, -1))
-        after = [given, window[1] + given, 2 * window[1] - window[0] + given][order]
-        window = [window[1], after]
-        found[str(step)] = float(metrics.relative_l2(window[1], frames[:, step + 1]).mean())
+        window = advance(order, window, jnp.asarray(made.predict(np.asarray(channels(window)))))
+        found[str(step)] = float(metrics.relative_l2(np.asarray(window[-1]), frames[:, step + 1]).mean())
     return found
