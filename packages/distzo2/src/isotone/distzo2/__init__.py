@@ -2,7 +2,8 @@
 
 `ZOEngine` takes a zeroth-order step on any Hugging Face causal or classification model: each block comes to the device
 once, gets the last step's update, carries both perturbed forwards and leaves. Ranks share the directions, the data and
-the moving of blocks, and send 24 bytes of scalars a step. `MeZO` is the same as a torch optimizer, for a model in memory.
+the moving of blocks, and send 24 bytes of scalars a step. `MeZO` is the same as a torch optimizer, for a model that is
+in memory.
 """
 
 from isotone.distzo2.config import ZOConfig

@@ -164,13 +164,19 @@ def decaying(model: nn.Module) -> set[int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of a model's trained parameters for an optimizer: with `weight_decay`, and without (norms, biases)."""
+    """Two groups of a model's trained parameters for an optimizer: with `weight_decay`, and without (norms, biases).
+
+    Their "numbers" are the parameters' places in `named_parameters`, by which `MeZO` draws their directions.
+    """
     decays = decaying(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in trained if id(p) in decays], "weight_decay": weight_decay},
-        {"params": [p for _, p in trained if id(p) not in decays], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [], "numbers": [], "weight_decay": weight_decay},
+        {"params": [], "numbers": [], "weight_decay": 0.0},
     ]
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        group = groups[id(parameter) not in decays]
+        group["params"].append(parameter)
+        group["numbers"].append(number)
     return [group for group in groups if group["params"]]
 
 

@@ -25,7 +25,8 @@ class MeZO(torch.optim.Optimizer):
     `ZOConfig`. Perturbed weights are copies: while the closure runs the parameters are views of them, and updates alone
     touch the weights. Two more copies of the parameters are held between steps; `ZOEngine` does with two blocks.
 
-    Parameters are numbered in the groups' order: with one group of `model.parameters()`, as `ZOEngine` numbers them.
+    A parameter's direction follows from its number: its place in the groups or, with the groups of `parameter_groups`,
+    in the model, which is how `ZOEngine` numbers them.
     """
 
     def __init__(
@@ -52,10 +53,13 @@ class MeZO(torch.optim.Optimizer):
             raise InputError("expected parameters to train, got requires_grad=False everywhere")
         if any(p.is_meta for p in self._trained):
             raise InputError("expected parameters with values, got one on the meta device")
+        numbers = self._numbers()
         self._segments = {
-            id(p): [Segment(number, 0, 0, p.numel(), True)] for number, p in enumerate(self._trained) if p.numel()
+            id(p): [Segment(number, 0, 0, p.numel(), True)]
+            for number, p in zip(numbers, self._trained, strict=True)
+            if p.numel()
         }
-        self._noise = self._make_noise()
+        self._noise = self._make_noise(numbers)
         self._copies: dict[int, list[Tensor]] = {}
         self.last_grads: tuple[float, ...] = ()
         """The projected gradients of the last step."""
@@ -134,8 +138,17 @@ class MeZO(torch.optim.Optimizer):
         if not parameter.data.is_contiguous():
             parameter.data.copy_(flat.view(parameter.shape))
 
-    def _make_noise(self) -> rng.Noise:
+    def _numbers(self) -> list[int]:
+        """Each trained parameter's number. Raises `InputError` where groups number them twice or not at all."""
+        given = [number for group in self.param_groups for number in group.get("numbers", ())]
+        numbers = given or list(range(len(self._trained)))
+        if sorted(numbers) != list(range(len(self._trained))):
+            raise InputError(f"expected every one of {len(self._trained)} parameters numbered once, got {numbers}")
+        return numbers
+
+    def _make_noise(self, numbers: list[int]) -> rng.Noise:
         if self.config.rng == "philox":
             return rng.PhiloxNoise()
-        sizes, dtypes = [p.numel() for p in self._trained], [p.dtype for p in self._trained]
-        return rng.TorchNoise(sizes, dtypes, self._trained[0].device, keep=self.config.n_directions)
+        ordered = [p for _, p in sorted(zip(numbers, self._trained, strict=True), key=lambda pair: pair[0])]
+        sizes, dtypes = [p.numel() for p in ordered], [p.dtype for p in ordered]
+        return rng.TorchNoise(sizes, dtypes, ordered[0].device, keep=self.config.n_directions)
