@@ -129,9 +129,6 @@ def everything(rank, world, folder):
         found["not finite"], found["differ"], found["other"] = not_finite(rank), differ(rank), other_weights(rank)
         found["refused"] = said(InputError, lambda: init_mesh(pertp=2, ddp=2))
         found["refused pertp"] = said(InputError, lambda: init_mesh(pertp=3))
-        found["few rows"] = said(
-            InputError, lambda: shard(models.batch(rows=1), ZOEngine(models.make(), mesh=init_mesh()).ranks)
-        )
         found["odd"] = said(InputError, lambda: ZOEngine(models.make(), ZOConfig(slicing=True), init_mesh()))
         found["resumed"] = resumed(os.path.join(folder, "elastic"), 4)
     if world == 3:

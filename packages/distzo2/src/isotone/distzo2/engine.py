@@ -226,7 +226,7 @@ class ZOEngine:
     def _forward(self, functions: Sequence[Callable[[], Any]], seeds: tuple[int, ...]) -> list[Any]:
         """Results of this rank's forward passes, with the update of the last step applied on the way."""
         self.pipeline.begin(self.pending)
-        self.pipeline.fetch(0)
+        self.pipeline.ahead(-1)
         self.weights.begin(self.pending, seeds)
         return self._through(functions, partial(self._load, seeds), self._select)
 
@@ -257,14 +257,12 @@ class ZOEngine:
 
     def _load(self, seeds: tuple[int, ...], block: int) -> None:
         buckets, update = self.pipeline.hold(block)
-        self.pipeline.fetch(block + 1)
         self._started = time.perf_counter()
         self._changed = update is not None
         self.weights.perturb(block, buckets, update, seeds)
 
     def _load_clean(self, block: int) -> None:
         buckets, _ = self.pipeline.hold(block)
-        self.pipeline.fetch(block + 1)
         self._started = time.perf_counter()
         self._changed = False
         self.weights.show(block, buckets)

@@ -25,6 +25,7 @@ from isotone.distzo2.link import Link, Ticket, copy
 from isotone.distzo2.rng import Noise
 
 PLACES = 3
+"""One is computed, one on its way in, one on its way out; with slices a fourth is being gathered."""
 
 
 def stored_dtype(bucket: Bucket, config: ZOConfig) -> torch.dtype:
@@ -66,7 +67,7 @@ class Pipeline:
         self.link, self.wire, self.slices, self.noise = link, wire, slices, noise
         self.offloads = config.offload != "none"
         self.rest = [[self._at_rest(i, j, b) for j, b in enumerate(unit.buckets)] for i, unit in enumerate(blocks)]
-        self._room = [self._buffers() for _ in range(PLACES)] if self.offloads else []
+        self._room = [self._buffers() for _ in range(PLACES + (slices > 1))] if self.offloads else []
         self._places = [Place([], []) for _ in self._room]
         self.rest_again()
         self._update: Update | None = None
@@ -78,6 +79,11 @@ class Pipeline:
         """From now on every block that comes gets `update`, once."""
         self._update = update
         self._due = set(range(len(self.blocks))) if update else set()
+
+    def ahead(self, block: int) -> None:
+        """Start to bring what follows `block`: the next one, and with slices the one after it too."""
+        for distance in range(1, 2 + (self.slices > 1)):
+            self.fetch(block + distance)
 
     @property
     def due(self) -> list[int]:
@@ -106,6 +112,7 @@ class Pipeline:
         place = self._place_of(block)
         assert place is not None and place.ready is not None
         place.ready.wait()
+        self.ahead(block)
         return place.whole, None if self.slices > 1 else self._take(block)
 
     def release(self, block: int, changed: bool) -> None:
@@ -123,10 +130,10 @@ class Pipeline:
 
     def settle(self) -> None:
         """Bring the update to every block that it has not reached."""
-        due = self.due
-        for block, following in zip(due, [*due[1:], len(self.blocks)], strict=True):
+        for block in self.due:
+            if block not in self._due:
+                continue  # it was updated on its way in
             whole, update = self.hold(block)
-            self.fetch(following)
             if update:
                 self.advance(block, whole, update)
             self.release(block, changed=update is not None)
