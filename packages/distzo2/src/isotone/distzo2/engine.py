@@ -114,9 +114,8 @@ class ZOEngine:
         self.steps = 0
         self.skipped = 0
         self._lockstep = Lockstep()
-        for number, unit in enumerate(blocks):
-            assert unit.module is not None
-            unit.module.register_forward_pre_hook(partial(self._arrive, number))
+        modules = [(number, unit.module) for number, unit in enumerate(blocks) if unit.module is not None]
+        self._hooks = [module.register_forward_pre_hook(partial(self._arrive, number)) for number, module in modules]
 
     # --- what a user calls ------------------------------------------------------------------------------
 
@@ -207,6 +206,19 @@ class ZOEngine:
         self.pending = None
         self.pipeline.load(state)
         self.weights.load(state)
+
+    def close(self) -> None:
+        """Apply what waits and let go of the model: it holds its weights itself, in full, and can be used without us.
+
+        All ranks call it where they hold slices.
+        """
+        self.flush()
+        tensors = self._tensors()
+        for parameter in self.model.parameters():
+            if id(parameter) in tensors:
+                parameter.data = tensors[id(parameter)].to(self.device, copy=True)
+        for hook in self._hooks:
+            hook.remove()
 
     def check_ranks(self) -> None:
         """Compare the weights of all ranks. Raises `RanksDifferError` naming the blocks that differ.

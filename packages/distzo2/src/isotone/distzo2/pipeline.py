@@ -73,6 +73,7 @@ class Pipeline:
         self._update: Update | None = None
         self._due: set[int] = set()
         self._held: set[int] = set()
+        self._leaving: dict[int, Ticket] = {}
         self._releases = 0
 
     def begin(self, update: Update | None) -> None:
@@ -98,7 +99,9 @@ class Pipeline:
         before = self._places[number].before
         whole, parts = self._fitted(number, block)
         place = self._places[number] = Place(whole, parts, block)
-        up = self.link.submit("upload", block, partial(_copies, parts, self.rest[block]), before)
+        # a forward pass that comes back to a block finds it as it was offloaded
+        after = [*before, self._leaving.pop(block, None)]
+        up = self.link.submit("upload", block, partial(_copies, parts, self.rest[block]), after)
         place.ready = up
         if self.slices > 1:
             self._exchange(place, block, up)
@@ -151,6 +154,7 @@ class Pipeline:
                 assert place.ready is not None
                 place.ready.wait()
                 self.release(place.block, changed=False)
+        self._leaving.clear()
         self.link.finish()
 
     def whole_at_rest(self, block: int) -> list[Tensor]:
@@ -228,7 +232,9 @@ class Pipeline:
     def _offload(self, place: Place, block: int, after: Ticket | None) -> Ticket:
         trained = [i for i, bucket in enumerate(self.blocks[block].buckets) if bucket.trainable]
         targets, sources = ([side[i] for i in trained] for side in (self.rest[block], place.slices))
-        return self.link.submit("offload", block, partial(_copies, targets, sources), [after])
+        ticket = self.link.submit("offload", block, partial(_copies, targets, sources), [after])
+        self._leaving[block] = ticket
+        return ticket
 
     def _at_rest(self, block: int, number: int, bucket: Bucket) -> Tensor:
         """A bucket filled with the parameters' values, where it rests: this rank's slice of it."""

@@ -48,9 +48,8 @@ class ZOTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments, config: ZOConfig | None = None, **options: Any):
         if args.gradient_accumulation_steps != 1:
-            raise InputError(
-                f"expected gradient_accumulation_steps of 1, got {args.gradient_accumulation_steps}; take larger batches"
-            )
+            given = args.gradient_accumulation_steps
+            raise InputError(f"expected gradient_accumulation_steps of 1, got {given}; take larger batches")
         args.max_grad_norm = 0.0
         super().__init__(model=model, args=args, **options)
         self.engine = ZOEngine(model.eval(), config)

@@ -1,0 +1,305 @@
+"""`isotone distzo2 ...`: train, evaluate, replay, plan, reproduce, bench. `torchrun` gives train its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from isotone.shared import device, progress
+from isotone.shared.checkpoint import atomic_write
+from isotone.shared.claims import Report
+from isotone.shared.cli import Run, paper_app, run_main, verb
+from isotone.shared.errors import InputError, check_count
+
+app = paper_app("distzo2", framework="torch")
+Opt, Arg = typer.Option, typer.Argument
+Model = Annotated[Path, Arg(help="a Hugging Face model folder")]
+Text = Annotated[Path, Opt(help="a text file, or .jsonl lines of prompt and completion, or of text and label")]
+Batch = Annotated[int, Opt(help="rows a batch, over all ranks")]
+Context = Annotated[int, Opt(help="tokens a row at most")]
+
+
+@verb(app)
+def train(
+    run: Run,
+    model: Model,
+    text: Text,
+    steps: Annotated[int, Opt(help="steps")] = 1000,
+    batch: Batch = 16,
+    context: Context = 128,
+    lr: Annotated[float, Opt(help="learning rate")] = 1e-6,
+    eps: Annotated[float, Opt(help="scale of the perturbation")] = 1e-3,
+    weight_decay: Annotated[float, Opt(help="not on biases and norms")] = 0.0,
+    directions: Annotated[int, Opt(help="directions a step")] = 1,
+    estimator: Annotated[str, Opt(help="two_sided or one_sided")] = "two_sided",
+    schedule: Annotated[str, Opt(help="constant or linear")] = "constant",
+    offload: Annotated[str, Opt(help="where blocks rest: none, cpu or disk (in OUT/blocks)")] = "none",
+    offload_dtype: Annotated[str, Opt(help="of blocks at rest: model, fp16, bf16 or fp32")] = "model",
+    stochastic_rounding: Annotated[bool, Opt(help="of updates that are stored in half precision")] = False,
+    parallel: Annotated[str, Opt(help="over torchrun's ranks: none, pertp, ddp or 2d")] = "none",
+    lora: Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")] = 0,
+    checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 500,
+) -> dict:
+    """Fine-tune a model with two forward passes a step; resumes where it was killed. Writes OUT/model and a trajectory."""
+    from isotone.distzo2.config import ZOConfig
+    from isotone.distzo2.engine import ZOEngine
+    from isotone.distzo2.loading import load_model
+    from isotone.distzo2.objective import as_loss
+    from isotone.distzo2.texts import corpus_of
+    from isotone.distzo2.training import Schedule
+    from isotone.distzo2.training import train as train_engine
+
+    check_count("--batch", batch)
+    check_count("--context", context, 2)
+    check_count("--steps", steps)
+    check_count("--checkpoint-every", checkpoint_every)
+    config = ZOConfig(
+        lr=lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        n_directions=directions,
+        estimator=estimator,  # type: ignore[arg-type]
+        offload=offload,  # type: ignore[arg-type]
+        disk_folder=run.out / "blocks",
+        offload_dtype=_dtype(offload_dtype),
+        stochastic_rounding=stochastic_rounding,
+        parallel=parallel,  # type: ignore[arg-type]
+        seed=_one_seed(run),
+    )
+    target = _target(model, run)
+    with _ranks(parallel, device.resolve(run.device)) as where:
+        made = load_model(model)
+        corpus = corpus_of(text, model, made, batch, context, config.seed)
+        made = _lora(made, lora) if lora else made
+        made = made if offload != "none" else made.to(where)
+        engine = ZOEngine(made, config, device=where)
+        first = engine.ranks.rank == 0
+
+        def held_out(engine: ZOEngine) -> float:
+            pairs = [as_loss(engine.run(lambda b=b: engine.objective(engine.model, _on(b, where)))) for b in held]
+            return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+
+        held = corpus.held_out
+        with progress.bar("train", steps, run.silent or not first) as bar:
+            history = train_engine(
+                engine,
+                lambda step: _on(corpus.train(step), where),
+                steps,
+                schedule=Schedule(lr, steps, schedule),  # type: ignore[arg-type]
+                folder=run.out / "checkpoints",
+                checkpoint_every=checkpoint_every,
+                resume=run.resume,
+                data_id=corpus.data_id,
+                evaluate=held_out,
+                evaluate_every=max(1, steps // 5),
+                on_step=lambda step: bar.advance(1, loss=round(step.loss, 4)),
+            )
+        state = engine.state_dict()
+        if first:
+            _write_run(run, made, state, model, target, engine, history)
+        last = max(history.scores) if history.scores else None
+        found = {"steps": engine.steps, "loss": history.losses[-1], "seconds": round(history.seconds, 1)}
+        found |= {"held-out loss": history.scores[last]} if last is not None else {}
+        return {"model": str(target), **found, "skipped": engine.skipped, "scalar bytes": engine.scalar_bytes}
+
+
+@verb(app)
+def evaluate(run: Run, model: Model, text: Text, batch: Batch = 16, context: Context = 128) -> dict:
+    """Mean loss of a model on a file, all of it held out."""
+    import torch
+
+    from isotone.distzo2.loading import load_model
+    from isotone.distzo2.objective import model_loss
+    from isotone.distzo2.texts import corpus_of
+
+    check_count("--batch", batch)
+    check_count("--context", context, 2)
+    where = device.resolve(run.device)
+    made = load_model(model).to(where)
+    corpus = corpus_of(text, model, made, batch, context, _one_seed(run))
+    with torch.no_grad():
+        pairs = [model_loss(made, _on(held, where)) for held in corpus.held_out]
+    terms = sum(count for _, count in pairs)
+    found = {"loss": sum(float(loss) * count for loss, count in pairs) / terms, "terms": terms}
+    _write(run.out / "evaluation.json", found)
+    return found
+
+
+@verb(app)
+def replay(
+    run: Run, model: Model, trajectory: Annotated[Path, Opt(help="a trajectory.safetensors that train wrote")]
+) -> dict:
+    """Bring a base model to where a trajectory ends, bit for bit, and write it to OUT/model."""
+    from isotone.distzo2.loading import load_model, save_model
+    from isotone.distzo2.trajectory import load_trajectory
+    from isotone.distzo2.trajectory import replay as bring
+
+    target = _target(model, run)
+    steps = load_trajectory(trajectory)
+    made = load_model(model)
+    with progress.bar("replay", None, run.silent) as bar:
+
+        def shown(done: int, total: int) -> None:
+            bar.resize(total)
+            bar.advance(1)
+
+        bring(made, steps, shown)
+    save_model(made, made.state_dict(), model, target)
+    return {"model": str(target), "steps": len(steps), "bytes": trajectory.stat().st_size}
+
+
+@verb(app)
+def plan(
+    run: Run,
+    model: Annotated[Path, Arg(help="a model folder, or its config.json alone")],
+    tokens: Annotated[int, Opt(help="tokens a step and rank")] = 2048,
+    link: Annotated[float, Opt(help="GB/s each way between host and device")] = 50.0,
+    exchange: Annotated[float, Opt(help="GB/s between devices")] = 300.0,
+    tflops: Annotated[float, Opt(help="the device's speed on matrix products")] = 600.0,
+    offload_bytes: Annotated[int, Opt(help="a parameter at rest")] = 2,
+    working_bytes: Annotated[int, Opt(help="a parameter in the forward passes")] = 2,
+    pertp: Annotated[int, Opt(help="1, or 2: a sign to a rank")] = 1,
+    slices: Annotated[int, Opt(help="ranks that share the moving of a block")] = 1,
+    directions: Annotated[int, Opt(help="directions a step")] = 1,
+) -> dict:
+    """Memory, bytes and seconds of a step, from the config alone."""
+    from isotone.distzo2 import plan as planning
+    from isotone.distzo2.loading import meta_model
+
+    hardware = planning.Hardware(link * 1e9, exchange * 1e9, tflops * 1e12)
+    shape = planning.shape_of(meta_model(model))
+    options = {"offload_bytes": offload_bytes, "working_bytes": working_bytes, "pertp": pertp}
+    found = planning.predict(shape, hardware, tokens=tokens, slices=slices, directions=directions, **options)
+    _write(run.out / "plan.json", {**asdict(shape), **asdict(found)})
+    return {
+        "parameters": f"{shape.parameters:,} in {shape.blocks} blocks of {shape.block_parameters:,} and the rest",
+        "device memory": f"{found.device_bytes / 2**30:.3f} GiB and activations",
+        "host memory a rank": f"{found.host_bytes / 2**30:.3f} GiB",
+        "bytes a step": f"{found.upload_bytes:,} up, as many down, {found.exchange_bytes:,} between devices",
+        "gradient": f"{found.scalar_bytes} bytes (first-order data parallelism: {found.gradient_bytes:,})",
+        "step": f"{1000 * found.seconds:.4g} ms (in turn: {1000 * found.serial_seconds:.4g} ms)",
+        "bottleneck": f"{found.bottleneck}; transfers are hidden from {found.tokens_to_hide:,.0f} tokens on",
+    }
+
+
+@verb(app)
+def reproduce(run: Run, scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke") -> Report:
+    """Measure the paper's claims again: equivalences, learning, overlap, slicing, bytes."""
+    from isotone.distzo2.reproduce import reproduce as measure
+
+    return measure(scale, run)
+
+
+@verb(app)
+def bench(run: Run, size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "auto") -> Report:
+    """A step in memory and offloaded beside the reference's order of passes, LoRA with AdamW, and FSDP2's offload."""
+    from isotone.distzo2.bench import bench as measure
+
+    return measure(run, size)
+
+
+@contextmanager
+def _ranks(parallel: str, where: str) -> Iterator[str]:
+    """torchrun's process group, for as long as the command runs; a rank that is gone ends it with one sentence."""
+    from isotone.distzo2.distributed import RankLostError
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        if parallel != "none":
+            raise InputError(f"expected ranks for --parallel {parallel}: launch it with torchrun")
+        yield where
+        return
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    alone = where == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if where == "cuda":
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo")
+    try:
+        yield where
+    except RankLostError as error:
+        print(f"isotone distzo2: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _write_run(run: Run, made: Any, state: Any, source: Path, target: Path, engine: Any, history: Any) -> None:
+    from isotone.distzo2.loading import save_model
+    from isotone.distzo2.plots import loss_plot
+    from isotone.distzo2.trajectory import save_trajectory
+
+    save_model(made, state, source, target)
+    save_trajectory(engine.trajectory, run.out / "trajectory.safetensors")
+    _write(run.out / "history.json", asdict(history))
+    smooth = max(1, len(history.losses) // 100)
+    _save_plot(loss_plot({"l+": history.losses}, "Training", smooth=smooth), run.out / "loss.png")
+
+
+def _save_plot(drawing: Any, path: Path) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
+def _lora(model: Any, rank: int) -> Any:
+    check_count("--lora", rank)
+    try:
+        import peft
+    except ImportError:
+        raise InputError("expected peft for --lora, found none: install isotone-distzo2[peft]") from None
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, task_type=_task(model))
+    return peft.get_peft_model(model, config).eval()
+
+
+def _task(model: Any) -> str:
+    return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"model": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in known:
+        raise InputError(f"expected --offload-dtype to be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _on(batch: dict[str, Any], where: str) -> dict[str, Any]:
+    return {name: value.to(where) for name, value in batch.items()}
+
+
+def _one_seed(run: Run) -> int:
+    seeds = run.seeds or (0,)
+    if len(seeds) > 1:
+        raise InputError(f"expected one seed, got --seeds {','.join(map(str, seeds))}")
+    return seeds[0]
+
+
+def _target(source: Path, run: Run) -> Path:
+    target = run.out / "model"
+    if target.resolve() == source.resolve():
+        raise InputError(f"expected another --out: {str(target)!r} is the model that is read, it would be overwritten")
+    return target
+
+
+def _write(path: Path, facts: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(facts, indent=1).encode())
+
+
+def main() -> NoReturn:
+    """Entry point of `isotone-distzo2`."""
+    run_main(app, "distzo2")
