@@ -48,7 +48,7 @@ def train(
     lora: Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")] = 0,
     checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 500,
 ) -> dict:
-    """Fine-tune a model with two forward passes a step; resumes where it was killed. Writes OUT/model and a trajectory."""
+    """Fine-tune a model with two forward passes a step, on into OUT/model; resumes where it was killed."""
     from isotone.distzo2.config import ZOConfig
     from isotone.distzo2.engine import ZOEngine
     from isotone.distzo2.loading import load_model
@@ -113,7 +113,7 @@ def train(
 
 @verb(app)
 def evaluate(run: Run, model: Model, text: Text, batch: Batch = 16, context: Context = 128) -> dict:
-    """Mean loss of a model on a file, all of it held out."""
+    """Mean loss of a model on the last tenth of a file, which train holds out."""
     import torch
 
     from isotone.distzo2.loading import load_model
@@ -191,11 +191,16 @@ def plan(
 
 
 @verb(app)
-def reproduce(run: Run, scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke") -> Report:
+def reproduce(
+    run: Run,
+    scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke",
+    model: Annotated[Path | None, Opt(help="with --scale paper: a classifier's folder")] = None,
+    text: Annotated[Path | None, Opt(help="with --scale paper: .jsonl lines of text and label")] = None,
+) -> Report:
     """Measure the paper's claims again: equivalences, learning, overlap, slicing, bytes."""
     from isotone.distzo2.reproduce import reproduce as measure
 
-    return measure(scale, run)
+    return measure(scale, run, model, text)
 
 
 @verb(app)

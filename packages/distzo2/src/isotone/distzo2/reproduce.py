@@ -1,0 +1,242 @@
+"""The paper's claims, measured again: a small OPT in real ranks, a modelled link, and on a GPU the paper's shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isotone.distzo2 import __version__, equivalence, offloading, tasks, timing
+from isotone.distzo2.findings import CLAIMS
+from isotone.distzo2.plots import loss_plot, sweep_plot, timeline_plot
+from isotone.distzo2.ranks import run_ranks
+from isotone.distzo2.scales import SCALES, TUNING_SEED, Scale
+from isotone.shared import device, progress
+from isotone.shared.claims import ArmLog, Measurement, Report
+from isotone.shared.cli import Run
+from isotone.shared.errors import InputError
+
+LN2 = math.log(2)
+Arm = Callable[[str, Any, Callable[[], dict[str, Any]]], dict[str, Any]]
+Values = dict[str, list[float]]
+
+
+def reproduce(scale: str, run: Run, model: Path | None = None, text: Path | None = None) -> Report:
+    """Measure every claim at `scale`; finished arms are not run again. `model`, `text`: of the scale "paper"."""
+    if scale not in SCALES:
+        raise InputError(f"expected --scale to be one of {', '.join(SCALES)}, got {scale!r}")
+    setting, where = SCALES[scale], device.resolve(run.device)
+    if setting.needs_model and (model is None or text is None):
+        raise InputError(f"expected --model and --text with --scale {scale}: the paper's checkpoint and examples")
+    if setting.needs_gpu and where != "cuda":
+        raise InputError(f"expected a GPU for --scale {scale}, found none; --scale cpu runs here")
+    return measure(setting, scale, run, where, model, text)
+
+
+def measure(
+    setting: Scale, scale: str, run: Run, where: str, model: Path | None = None, text: Path | None = None
+) -> Report:
+    """Every arm in turn; a scale is a setting, never another path."""
+    start = time.perf_counter()
+    seeds = run.seeds or setting.seeds
+    log = ArmLog(run.out, {"version": __version__, "device": where}, run.resume)
+    values: Values = {}
+    figures: dict[str, Any] = {}
+    threads = torch.get_num_threads()
+    # an arm on one thread is comparable with ranks of one thread, and as fast at these sizes
+    torch.set_num_threads(1)
+    try:
+        with progress.bar(f"distzo2 {scale}", None, run.silent) as bar:
+
+            def arm(name: str, config: Any, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                bar.advance(0, arm=name)
+                result = log.arm(f"{name} {config}", function)
+                bar.advance(1)
+                return result
+
+            if setting.shapes:
+                values |= _offloading(setting, arm, where)
+            elif model is not None and text is not None:
+                values |= _paper(setting, arm, seeds, model, text, where, run)
+            else:
+                rates = _rates(setting, arm)
+                values |= _equivalences(setting, arm, rates["zo"])
+                values |= _learning(setting, arm, seeds, rates, figures)
+                values |= _timing(setting, arm, figures, threads)
+    finally:
+        torch.set_num_threads(threads)
+    return Report(
+        package="distzo2",
+        kind="reproduce",
+        scale=scale,  # type: ignore[arg-type]
+        seeds=seeds,
+        framework="torch",
+        measurements=[_measurement(name, values.get(name)) for name in CLAIMS],
+        seconds=max(log.seconds, time.perf_counter() - start),
+        figures=figures,
+    )
+
+
+def _measurement(name: str, values: list[float] | None) -> Measurement:
+    """The mean over seeds or rounds and its standard error; nothing where this scale cannot tell."""
+    if not values:
+        return Measurement(CLAIMS[name], None)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Measurement(CLAIMS[name], statistics.mean(values), error)
+
+
+def _rates(setting: Scale, arm: Arm) -> dict[str, float]:
+    """Each method's learning rate, of as many tries, on a seed that is not evaluated."""
+    task, steps = setting.task, setting.tuning_steps
+
+    def chosen(rates: tuple[float, ...], run: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
+        return {"rate": tasks.best_rate(rates, run)}
+
+    config = [dataclasses.asdict(task), steps]
+    zo = arm("rate zo", [*config, setting.zo_rates], lambda: _zo_rate(setting))
+    found = {"zo": zo["rate"]}
+    for name, rates, lora in (("adamw", setting.adamw_rates, 0), ("lora", setting.lora_rates, 4)):
+        if rates:
+            # as long as the zeroth-order runs that chose theirs took
+            def run(rate: float, lora: int = lora) -> dict[str, Any]:
+                return tasks.first_order(task, rate, zo["seconds"], TUNING_SEED, lora)
+
+            found[name] = arm(f"rate {name}", [*config, rates], lambda rates=rates, run=run: chosen(rates, run))["rate"]
+    return found
+
+
+def _zo_rate(setting: Scale) -> dict[str, Any]:
+    seconds: list[float] = []
+
+    def run(rate: float) -> dict[str, Any]:
+        found = tasks.zeroth_order(setting.task, rate, setting.tuning_steps, TUNING_SEED)
+        seconds.append(found["seconds"])
+        return found
+
+    rate = tasks.best_rate(setting.zo_rates, run)
+    return {"rate": rate, "seconds": statistics.mean(seconds)}
+
+
+def _equivalences(setting: Scale, arm: Arm, lr: float) -> Values:
+    """One process in memory and offloaded, and 2 and 4 ranks."""
+    task, steps = setting.task, setting.equal_steps
+    config = [dataclasses.asdict(task), steps, lr]
+    one = arm("single", config, lambda: equivalence.single(task, lr, steps, 0))
+    differing, weights = one["differing"], max(one["weights"], one["replayed"])
+    found: Values = {}
+    if setting.ranks:
+        arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": 0}
+        two, four = (
+            arm(f"{n} ranks", config, lambda n=n: {"ranks": run_ranks(equivalence.ranks, n, arguments)})["ranks"][0]
+            for n in (2, 4)
+        )
+        differing += sum(a != b for a, b in zip(one["grads"], two["pertp"]["grads"], strict=True))
+        weights = max(weights, sum(a != b for a, b in zip(one["theta"], two["pertp"]["theta"], strict=True)))
+        sharded = (two["ddp"], four["ddp"], four["2d"])
+        found["shards"] = [max(equivalence.relative(part["pairs"]) for part in sharded)]
+        found["bytes"] = [max(part["bytes"] for part in (two["pertp"], *sharded))]
+        found["accuracy"] = [abs(four["run"]["accuracy"] - one["accuracy"])]
+    return {"same-steps": [float(differing)], "same-weights": [float(weights)], **found}
+
+
+def _learning(
+    setting: Scale, arm: Arm, seeds: tuple[int, ...], rates: dict[str, float], figures: dict[str, Any]
+) -> Values:
+    """The keyword task in memory, and first-order training for as long."""
+    task, config = setting.task, [dataclasses.asdict(setting.task), setting.steps, rates]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
+    for seed in seeds:
+        zo = arm(
+            f"keyword zo {seed}", config, lambda seed=seed: tasks.zeroth_order(task, rates["zo"], setting.steps, seed)
+        )
+        runs["zo"].append(zo)
+        for name, lora in (("adamw", 0), ("lora", 4)):
+            if name in rates:
+
+                def run(
+                    name: str = name, lora: int = lora, zo: dict[str, Any] = zo, seed: int = seed
+                ) -> dict[str, Any]:
+                    return tasks.first_order(task, rates[name], zo["seconds"], seed, lora)
+
+                runs[name].append(arm(f"keyword {name} {seed}", config, run))
+    smooth = max(1, setting.steps // 60)
+    figures["loss"] = loss_plot(
+        {f"seed {seed}": run["losses"] for seed, run in zip(seeds, runs["zo"], strict=True)},
+        "Keyword task, zeroth order in memory",
+        LN2,
+        smooth,
+    )
+    if not setting.learns:
+        return {}
+    named = {"keyword": "zo", "adamw": "adamw", "lora": "lora"}
+    found = {claim: [LN2 - run["loss"] for run in runs.get(name, [])] for claim, name in named.items()}
+    return {**found, "keyword-accuracy": [run["accuracy"] for run in runs["zo"]]}
+
+
+def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> Values:
+    """The schedule beside its model, slices over ranks, and real ranks on real cores."""
+    sweep = setting.sweep
+    swept = arm(
+        "sweep",
+        dataclasses.asdict(sweep),
+        lambda: timing.sweep(sweep.ratios, sweep.layers, sweep.transfer, sweep.rounds),
+    )
+    points = swept["points"]
+    figures["sweep"] = sweep_plot(points, "A throttled link: the step time and its model")
+    if swept["spans"]:
+        figures["timeline"] = timeline_plot(
+            timing.spans_of(swept["spans"]), "One step, compute = upload: blocks by lane"
+        )
+    found: Values = {"overlap": [100 * max(abs(p["measured"] / p["predicted"] - 1) for p in points)]}
+    found["overlap-gain"] = [p["serial_measured"] / p["measured"] for p in points if p["ratio"] == 1]
+    if not setting.ranks:
+        return found
+    sliced = dataclasses.asdict(setting.sliced)
+    four = arm("sliced", sliced, lambda: {"ranks": run_ranks(timing.sliced, 4, sliced)})["ranks"]
+    found["throughput"] = [four[0]["one"] / max(rank["all"] for rank in four)]
+    spans = timing.spans_of(four[0]["spans"])
+    figures["timeline-sliced"] = timeline_plot(spans, "One step of rank 0 of 4, 2D with slices")
+    pert = setting.pert
+    arguments = {"shape": pert.shape, "rounds": pert.rounds}
+    two = arm("pertp", arguments, lambda: {"ranks": run_ranks(timing.pert_parallel, 2, arguments)})["ranks"][0]
+    cores = arm("cores", [arguments, threads], lambda: {"seconds": timing.all_cores(pert.shape, pert.rounds, threads)})
+    for name in ("pertp", "ddp"):
+        found[name] = [statistics.median(two["ratios"][name])]
+    found["pertp-cores"] = [cores["seconds"] / two["seconds"]["pertp"]]
+    return found
+
+
+def _offloading(setting: Scale, arm: Arm, where: str) -> Values:
+    """The paper's shapes on a GPU: offloaded beside resident, and what stays allocated."""
+    found: Values = {"gpu-speed": [], "gpu-memory": []}
+    speeds = []
+    for shape in setting.shapes:
+        long = arm(f"{shape} 8", where, lambda shape=shape: offloading.beside_resident(shape, 8, 2048, where))
+        speeds.append(long["resident"] / long["offloaded"])
+        short = arm(f"{shape} 1", where, lambda shape=shape: offloading.offloaded(shape, 1, 2048, where))
+        if shape == "opt-13b":
+            found["gpu-memory"] = [short["peak"] / 1e9]
+    found["gpu-speed"] = [min(speeds)] if speeds else []
+    return found
+
+
+def _paper(setting: Scale, arm: Arm, seeds: tuple[int, ...], model: Path, text: Path, where: str, run: Run) -> Values:
+    """The recipe of section 6 (c) on the given model and examples, of the better of two rates."""
+    accuracies = []
+    for seed in seeds:
+        runs = [
+            arm(
+                f"paper {rate} {seed}",
+                [str(model), str(text)],
+                lambda r=rate, s=seed: offloading.finetune(model, text, r, s, where, run.out),
+            )
+            for rate in setting.paper_rates
+        ]
+        accuracies.append(max(found["accuracy"] for found in runs))
+    return {"paper-accuracy": accuracies}
