@@ -66,12 +66,12 @@ def train(
         eps=eps,
         weight_decay=weight_decay,
         n_directions=directions,
-        estimator=estimator,  # type: ignore[arg-type]
-        offload=offload,  # type: ignore[arg-type]
+        estimator=estimator,
+        offload=offload,
         disk_folder=run.out / "blocks",
         offload_dtype=_dtype(offload_dtype),
         stochastic_rounding=stochastic_rounding,
-        parallel=parallel,  # type: ignore[arg-type]
+        parallel=parallel,
         seed=_one_seed(run),
     )
     target = _target(model, run)
@@ -93,7 +93,7 @@ def train(
                 engine,
                 lambda step: _on(corpus.train(step), where),
                 steps,
-                schedule=Schedule(lr, steps, schedule),  # type: ignore[arg-type]
+                schedule=Schedule(lr, steps, schedule),
                 folder=run.out / "checkpoints",
                 checkpoint_every=checkpoint_every,
                 resume=run.resume,

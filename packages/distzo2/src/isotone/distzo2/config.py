@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -40,18 +39,18 @@ class ZOConfig:
     eps: float = 1e-3
     weight_decay: float = 0.0
     n_directions: int = 1
-    estimator: Literal["two_sided", "one_sided"] = "two_sided"
-    rng: Literal["philox", "torch"] = "philox"
+    estimator: str = "two_sided"
+    rng: str = "philox"
     seed: int = 0
-    offload: Literal["none", "cpu", "disk"] = "none"
+    offload: str = "none"
     disk_folder: str | os.PathLike[str] | None = None
     blocks: str = "auto"
     working_dtype: torch.dtype | None = None
     offload_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
     overlap: bool = True
-    slicing: Literal["auto"] | bool = "auto"
-    parallel: Literal["none", "pertp", "ddp", "2d"] = "none"
+    slicing: bool | str = "auto"
+    parallel: str = "none"
     check_every: int = 0
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def single(task: KeywordTask, lr: float, steps: int, seed: int) -> dict[str, Any
     `grads` are those in memory; `accuracy` is of the weights they lead to.
     """
     engines = {
-        offload: ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed, offload=offload))  # type: ignore[arg-type]
+        offload: ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed, offload=offload))
         for offload in ("none", "cpu")
     }
     grads: dict[str, list[float]] = {}

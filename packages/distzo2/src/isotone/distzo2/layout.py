@@ -7,7 +7,7 @@ the rest share it (section 7, pitfalls).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,7 +260,7 @@ def _outside(model: nn.Module, path: str) -> Iterable[nn.Parameter]:
             yield from module.parameters(recurse=False)
 
 
-def _in_two_blocks(tensor: _Tensor, modules: Sequence[nn.Module]) -> bool:
+def _in_two_blocks(tensor: _Tensor, modules: Iterable[nn.Module]) -> bool:
     ids = {id(p) for p in tensor.parameters}
     return sum(any(id(p) in ids for p in module.parameters()) for module in modules) > 1
 

@@ -41,7 +41,7 @@ class MeZO(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         options = {"n_directions": n_directions, "estimator": estimator, "rng": rng, "seed": seed}
-        self.config = ZOConfig(lr=lr, eps=eps, weight_decay=weight_decay, **options)  # type: ignore[arg-type]
+        self.config = ZOConfig(lr=lr, eps=eps, weight_decay=weight_decay, **options)
         self.steps = 0
         self.skipped = 0
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

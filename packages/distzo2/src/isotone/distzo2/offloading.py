@@ -59,7 +59,7 @@ def offloaded(
     model = random_opt(shape, dtype, length)
     if offload == "none":
         model = model.to(where)
-    config = ZOConfig(lr=1e-7, offload=offload, overlap=overlap)  # type: ignore[arg-type]
+    config = ZOConfig(lr=1e-7, offload=offload, overlap=overlap)
     engine = ZOEngine(model, config, device=where)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     batch = {name: ids.to(where) for name in ("input_ids", "labels")}

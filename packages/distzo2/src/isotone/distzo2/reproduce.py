@@ -74,7 +74,7 @@ def measure(
     return Report(
         package="distzo2",
         kind="reproduce",
-        scale=scale,  # type: ignore[arg-type]
+        scale=scale,
         seeds=seeds,
         framework="torch",
         measurements=[_measurement(name, values.get(name)) for name in CLAIMS],

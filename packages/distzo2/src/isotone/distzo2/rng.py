@@ -120,7 +120,8 @@ def _sine_cosine(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent normals of two words: r cos and r sin of a uniform angle."""
-    r = torch.sqrt(_log(_open_unit(radius_word >> 9)) * -2.0)
+    # torch's fp32 root is not correctly rounded on every machine; the fp64 one, rounded, is
+    r = torch.sqrt((_log(_open_unit(radius_word >> 9)) * -2.0).double()).float()
     quadrant = angle_word >> 30
     sine, cosine = _sine_cosine(_open_unit((angle_word & 0x3FFFFFFF) >> 7) - 0.5)
     turned = (quadrant & 1).bool()

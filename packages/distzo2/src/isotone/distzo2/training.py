@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from isotone.distzo2.distributed import shard
 from isotone.distzo2.engine import ZOEngine, ZOStep
@@ -21,7 +21,7 @@ class Schedule:
 
     lr: float
     steps: int
-    kind: Literal["constant", "linear"] = "constant"
+    kind: str = "constant"
 
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "linear"):
