@@ -164,7 +164,7 @@ class ZOEngine:
         function = batch if callable(batch) else partial(self.objective, self.model, batch)
         loss, count = as_loss(self.run(function))
         speaks = self.ranks.counts_terms and count > 0
-        total, terms = self.wire.sum([loss * count, count] if speaks else [0.0, 0.0])
+        total, terms = self.wire.sum([loss * count, float(count)] if speaks else [0.0, 0.0])
         return total / terms if terms else math.nan
 
     def generate(self, *arguments: Any, **options: Any) -> Tensor:
@@ -188,6 +188,7 @@ class ZOEngine:
         tensors = self._tensors()
         units = [*self.layout.blocks, self.layout.resident]
         entries = [entry for unit in units for bucket in unit.buckets if bucket.trainable for entry in bucket.entries]
+        entries.sort(key=lambda entry: entry.number)
         return {entry.name: tensors[id(entry.parameters[0])].cpu().clone() for entry in entries}
 
     @torch.no_grad()
@@ -294,10 +295,11 @@ class ZOEngine:
             self._lockstep.arrive(number)
 
     def _guarded(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Gradients and the GPU's stream are a thread's own."""
+        """Gradients, autocast and the GPU's stream are a thread's own; autocast's cache of cast weights is not."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def call() -> Any:
+            torch.set_autocast_cache_enabled(False)
             with torch.no_grad(), torch.cuda.stream(stream):
                 return function()
 

@@ -73,10 +73,12 @@ class Lockstep:
                 block = streams[waiting[0]].block
                 assert block is not None
                 load(block)
-                for number in [n for n in waiting if streams[n].block == block]:
-                    select(number, block)
-                    self._resume(streams[number], futures[number])
-                leave(block)
+                try:
+                    for number in [n for n in waiting if streams[n].block == block]:
+                        select(number, block)
+                        self._resume(streams[number], futures[number])
+                finally:
+                    leave(block)
             return [future.result() for future in futures]
         finally:
             self._abort(streams, futures)

@@ -10,7 +10,7 @@ The radius has 23 random bits, so that |z| < 5.77, which a normal exceeds with p
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +34,11 @@ def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of counters (four int64 tensors of one shape, each word below 2**32) under one key."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    return _rounds(*counter, *key)
+
+
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> Any:
+    """The ten rounds, on tensors or on Python's integers."""
     for _ in range(_ROUNDS):
         # products wrap at 64 bits; their low and high words are still those of the unsigned product
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -78,9 +81,8 @@ def step_seed(seed: int, step: int, direction: int = 0) -> int:
 
     No state travels: every rank and every resumed run computes the same one.
     """
-    at = tuple(torch.tensor(word) for word in (step & _MASK, direction, STEP, step >> 32))
-    high, low, *_ = philox(at, (seed & _MASK, seed >> 32))  # type: ignore[arg-type]
-    return ((int(high) << 32) | int(low)) % SEEDS
+    high, low, *_ = _rounds(step & _MASK, direction, STEP, step >> 32, seed & _MASK, seed >> 32)
+    return ((high << 32) | low) % SEEDS
 
 
 def _open_unit(bits: Tensor) -> Tensor:
