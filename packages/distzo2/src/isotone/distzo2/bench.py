@@ -1,8 +1,8 @@
 """A step beside what a user would run instead, on the same model and batch, in one run.
 
-In memory: the reference's order of passes, checked to give the same projected gradient from the same directions. Memory:
-LoRA with AdamW (peft), and FSDP2 with its CPU offload (one rank, gloo) on the same model; both are checked to start from
-the same loss.
+In memory: the reference's order of passes, checked to give the same projected gradient from the same directions.
+Memory: LoRA with AdamW (peft), and FSDP2 with its CPU offload (one rank, gloo) on the same model; both are checked to
+start from the same loss.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ def bench(run: Run, size: str = "auto") -> Report:
     setting = SIZES[name]
     start = time.perf_counter()
     work: list[Callable[[], list[Ratio]]] = [
-        *(
-            lambda rows=rows, length=length: _in_memory(setting, rows, length, where)
-            for rows, length in setting.batches
-        ),
+        *(lambda batch=batch: _in_memory(setting, *batch, where) for batch in setting.batches),
         lambda: _memory(setting, where),
         *(lambda shape=shape: _offloaded(shape, where) for shape in setting.shapes),
     ]
@@ -236,7 +233,7 @@ _STEPS: dict[str, Callable[..., Callable[[], Any]]] = {"zo": _zo, "lora": _lora,
 
 
 def _offloaded(shape: str, where: str) -> list[Ratio]:
-    """A large shape: ours offloaded beside resident at 8 x 2048 tokens, and beside moving blocks in turn at 1 x 2048."""
+    """A large shape offloaded: beside resident at 8 x 2048 tokens, and beside moving blocks in turn at 1 x 2048."""
     long = offloading.beside_resident(shape, 8, 2048, where)
     ours, turn = (offloading.offloaded(shape, 1, 2048, where, overlap=overlap)["seconds"] for overlap in (True, False))
     work = f"a step, {shape}, fp16"

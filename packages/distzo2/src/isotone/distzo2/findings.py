@@ -34,9 +34,7 @@ CLAIMS = {
             "steps",
             0.0,
         ),
-        _claim(
-            "same-weights", "The same three, and the replayed trajectory: weights that differ", PAPER, "weights", 0.0
-        ),
+        _claim("same-weights", "The same three, and the replay: weights that differ", PAPER, "weights", 0.0),
         _claim(
             "shards",
             "DDP on 2 and 4 ranks and 2D on 4: largest difference of g_t to one process, from the same weights, of its "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -23,6 +24,8 @@ from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 
 LN2 = math.log(2)
+LORA_RANKS = {"adamw": 0, "lora": 4}
+"""Rank of the factors that are trained; 0 trains all weights."""
 Arm = Callable[[str, Any, Callable[[], dict[str, Any]]], dict[str, Any]]
 Values = dict[str, list[float]]
 
@@ -93,21 +96,18 @@ def _measurement(name: str, values: list[float] | None) -> Measurement:
 
 def _rates(setting: Scale, arm: Arm) -> dict[str, float]:
     """Each method's learning rate, of as many tries, on a seed that is not evaluated."""
-    task, steps = setting.task, setting.tuning_steps
-
-    def chosen(rates: tuple[float, ...], run: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
-        return {"rate": tasks.best_rate(rates, run)}
-
-    config = [dataclasses.asdict(task), steps]
+    task, config = setting.task, [dataclasses.asdict(setting.task), setting.tuning_steps]
     zo = arm("rate zo", [*config, setting.zo_rates], lambda: _zo_rate(setting))
     found = {"zo": zo["rate"]}
-    for name, rates, lora in (("adamw", setting.adamw_rates, 0), ("lora", setting.lora_rates, 4)):
+    for name, rates in (("adamw", setting.adamw_rates), ("lora", setting.lora_rates)):
         if rates:
-            # as long as the zeroth-order runs that chose theirs took
-            def run(rate: float, lora: int = lora) -> dict[str, Any]:
+
+            def run(rate: float, lora: int = LORA_RANKS[name]) -> dict[str, Any]:
+                # as long as the zeroth-order runs that chose theirs took
                 return tasks.first_order(task, rate, zo["seconds"], TUNING_SEED, lora)
 
-            found[name] = arm(f"rate {name}", [*config, rates], lambda rates=rates, run=run: chosen(rates, run))["rate"]
+            choose = functools.partial(tasks.best_rate, rates, run)
+            found[name] = arm(f"rate {name}", [*config, rates], lambda choose=choose: {"rate": choose()})["rate"]
     return found
 
 
@@ -152,19 +152,12 @@ def _learning(
     task, config = setting.task, [dataclasses.asdict(setting.task), setting.steps, rates]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
     for seed in seeds:
-        zo = arm(
-            f"keyword zo {seed}", config, lambda seed=seed: tasks.zeroth_order(task, rates["zo"], setting.steps, seed)
-        )
+        train_zo = functools.partial(tasks.zeroth_order, task, rates["zo"], setting.steps, seed)
+        zo = arm(f"keyword zo {seed}", config, train_zo)
         runs["zo"].append(zo)
-        for name, lora in (("adamw", 0), ("lora", 4)):
-            if name in rates:
-
-                def run(
-                    name: str = name, lora: int = lora, zo: dict[str, Any] = zo, seed: int = seed
-                ) -> dict[str, Any]:
-                    return tasks.first_order(task, rates[name], zo["seconds"], seed, lora)
-
-                runs[name].append(arm(f"keyword {name} {seed}", config, run))
+        for name in [name for name in rates if name != "zo"]:
+            train = functools.partial(tasks.first_order, task, rates[name], zo["seconds"], seed, LORA_RANKS[name])
+            runs[name].append(arm(f"keyword {name} {seed}", config, train))
     smooth = max(1, setting.steps // 60)
     figures["loss"] = loss_plot(
         {f"seed {seed}": run["losses"] for seed, run in zip(seeds, runs["zo"], strict=True)},
@@ -190,9 +183,8 @@ def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> 
     points = swept["points"]
     figures["sweep"] = sweep_plot(points, "A throttled link: the step time and its model")
     if swept["spans"]:
-        figures["timeline"] = timeline_plot(
-            timing.spans_of(swept["spans"]), "One step, compute = upload: blocks by lane"
-        )
+        spans = timing.spans_of(swept["spans"])
+        figures["timeline"] = timeline_plot(spans, "One step, compute = upload: blocks by lane")
     found: Values = {"overlap": [100 * max(abs(p["measured"] / p["predicted"] - 1) for p in points)]}
     found["overlap-gain"] = [p["serial_measured"] / p["measured"] for p in points if p["ratio"] == 1]
     if not setting.ranks:
@@ -230,13 +222,9 @@ def _paper(setting: Scale, arm: Arm, seeds: tuple[int, ...], model: Path, text: 
     """The recipe of section 6 (c) on the given model and examples, of the better of two rates."""
     accuracies = []
     for seed in seeds:
-        runs = [
-            arm(
-                f"paper {rate} {seed}",
-                [str(model), str(text)],
-                lambda r=rate, s=seed: offloading.finetune(model, text, r, s, where, run.out),
-            )
-            for rate in setting.paper_rates
-        ]
-        accuracies.append(max(found["accuracy"] for found in runs))
+        found = []
+        for rate in setting.paper_rates:
+            train = functools.partial(offloading.finetune, model, text, rate, seed, where, run.out)
+            found.append(arm(f"paper {rate} {seed}", [str(model), str(text)], train)["accuracy"])
+        accuracies.append(max(found))
     return {"paper-accuracy": accuracies}
