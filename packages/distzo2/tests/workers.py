@@ -82,7 +82,12 @@ def not_finite(rank):
     engine = ZOEngine(models.make(), ZOConfig(lr=1e-2, offload="cpu"), init_mesh())
     before = models.state_flat(engine.trained_state())
     batch = shard(batches(0), engine.ranks)
-    skipped = engine.step(lambda: (math.nan, 3) if rank == 1 else model_loss(engine.model, batch)).skipped
+
+    def closure():
+        loss, count = model_loss(engine.model, batch)
+        return (loss * math.nan if rank == 1 else loss), count
+
+    skipped = engine.step(closure).skipped
     return skipped and engine.skipped == 1 and torch.equal(models.state_flat(engine.trained_state()), before)
 
 

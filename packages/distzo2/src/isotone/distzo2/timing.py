@@ -159,11 +159,11 @@ def pert_parallel(rank: int, world: int, arguments: dict[str, Any]) -> dict[str,
             dist.barrier()
             times[name].append(_once(lambda engine=engine, own=own: engine.step(own)))
         dist.barrier()
-    ratios = {name: [a / b for a, b in zip(times["alone"][1:], times[name][1:], strict=True)] for name in arms if alone}
-    return {
-        "ratios": ratios,
-        "seconds": {name: statistics.median(values[1:]) for name, values in times.items() if values},
-    }
+    if alone is None:
+        return {}
+    kept = {name: values[1:] for name, values in times.items()}  # the first round warms up
+    ratios = {name: [a / b for a, b in zip(kept["alone"], kept[name], strict=True)] for name in arms}
+    return {"ratios": ratios, "seconds": {name: statistics.median(values) for name, values in kept.items()}}
 
 
 def all_cores(shape: dict[str, int], rounds: int, threads: int) -> float:
