@@ -13,6 +13,7 @@ from torch import nn
 
 from isotone.distzo2 import MeZO, ThrottledLink, ZOConfig, ZOEngine, base_hash, parameter_groups, replay
 from isotone.distzo2.objective import model_loss
+from isotone.distzo2.plan import pipeline_seconds
 from isotone.shared.errors import InputError
 
 OFFLOADS = ["none", "cpu", "disk"]
@@ -321,7 +322,7 @@ class Sleepy(nn.Module):
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_step_time_is_the_slowest_lane_or_the_sum(ratio, tmp_path):
     """Section 7, item 10: N max(T_up, T_c, T_off) + fill with overlap, N times the sum without."""
-    transfer, layers = 0.02, 5
+    transfer, layers = 0.03, 5
     compute = ratio * transfer
     took = {}
     for overlap in (True, False):
@@ -329,13 +330,15 @@ def test_step_time_is_the_slowest_lane_or_the_sum(ratio, tmp_path):
         link = ThrottledLink(4 * 64 * 65 / transfer, overlap=overlap)
         engine = engine_for(model, tmp_path, link=link, offload="cpu", lr=0.1, overlap=overlap)
         x = torch.randn(2, 64)
-        engine.step(lambda model=model, x=x: model(x))
-        start = time.perf_counter()
-        engine.step(lambda model=model, x=x: model(x))
-        took[overlap] = time.perf_counter() - start
-    slowest, fill = max(transfer, compute), transfer + min(transfer, compute) + (transfer if compute > transfer else 0)
-    assert took[True] == pytest.approx(layers * slowest + fill, rel=0.35)
-    assert took[False] == pytest.approx(layers * (2 * transfer + compute), rel=0.35)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            engine.step(lambda model=model, x=x: model(x))
+            times.append(time.perf_counter() - start)
+        took[overlap] = min(times[1:])  # a machine that is busy only adds
+    lanes = [transfer, compute, transfer]
+    assert took[True] == pytest.approx(pipeline_seconds(lanes, layers), rel=0.35)
+    assert took[False] == pytest.approx(layers * sum(lanes), rel=0.35)
     assert took[False] > 1.3 * took[True]
 
 
