@@ -7,6 +7,7 @@ in memory.
 """
 
 from isotone.distzo2.config import ZOConfig
+from isotone.distzo2.data import Windows, ZipfMarkov, keyword_batch
 from isotone.distzo2.distributed import RankLostError, Ranks, init_mesh, shard
 from isotone.distzo2.engine import RanksDifferError, ZOEngine, ZOStep
 from isotone.distzo2.kernels import Update, advance, round_to
@@ -28,13 +29,16 @@ __all__ = [
     "ThrottledLink",
     "Trajectory",
     "Update",
+    "Windows",
     "ZOConfig",
     "ZOEngine",
     "ZOStep",
+    "ZipfMarkov",
     "advance",
     "base_hash",
     "find_blocks",
     "init_mesh",
+    "keyword_batch",
     "label_words",
     "load_trajectory",
     "model_loss",

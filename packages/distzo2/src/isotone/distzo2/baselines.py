@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -48,18 +48,3 @@ class ReferenceMeZO:
     def _draw(self, parameter: nn.Parameter) -> torch.Tensor:
         data = parameter.data
         return torch.normal(mean=0, std=1, size=data.size(), device=data.device, dtype=data.dtype)
-
-
-def adamw_losses(
-    parameters: Sequence[nn.Parameter], lr: float, steps: int, loss: Callable[[int], torch.Tensor]
-) -> list[float]:
-    """Train `parameters` with AdamW on `loss(step)`; the losses."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    losses = []
-    for step in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(step)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses

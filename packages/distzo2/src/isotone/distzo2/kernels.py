@@ -90,7 +90,7 @@ def _advance(
     if update is not None:
         total: Tensor | None = None
         for number, coefficient in zip(update.seeds, update.coefficients, strict=True):
-            term = noise.fill(number, segment, weights.device, wide) * coefficient
+            term = fill(segment, number, noise, weights.device, wide) * coefficient
             total = term if total is None else total + term
         assert total is not None
         w = w - (total + w * (update.decay if segment.decays else 0.0))
@@ -99,7 +99,7 @@ def _advance(
         w = stored.to(wide)
     if plus is None and minus is None:
         return
-    moved = noise.fill(seed, segment, weights.device, wide) * eps
+    moved = fill(segment, seed, noise, weights.device, wide) * eps
     for out, value in ((plus, w + moved), (minus, w - moved)):
         if out is not None:
             out[segment.start : segment.start + segment.length] = value.to(out.dtype)

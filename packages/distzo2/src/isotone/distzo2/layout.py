@@ -109,22 +109,16 @@ class Unit:
     module: nn.Module | None
     buckets: list[Bucket]
 
-    @property
-    def numel(self) -> int:
-        return sum(entry.numel for bucket in self.buckets for entry in bucket.entries)
-
 
 @dataclass
 class Layout:
-    """A model cut into units. `trained`, `sizes`, `dtypes`: names, elements and types of the trained tensors by number;
-    `path`: the name of the list of blocks."""
+    """A model cut into units. `trained`, `sizes`, `dtypes`: the trained tensors' names, elements and types by number."""
 
     blocks: list[Unit]
     resident: Unit
     trained: list[str]
     sizes: list[int]
     dtypes: list[torch.dtype]
-    path: str
 
 
 def find_blocks(model: nn.Module, path: str = "auto") -> tuple[str, nn.ModuleList]:
@@ -209,7 +203,7 @@ def lay_out(model: nn.Module, blocks: str = "auto", slices: int = 1) -> Layout:
     first = [tensor.parameters[0] for tensor in trained]
     return Layout(
         *(units[:-1], units[-1], [tensor.name for tensor in trained]),
-        *([p.numel() for p in first], [p.dtype for p in first], path),
+        *([p.numel() for p in first], [p.dtype for p in first]),
     )
 
 

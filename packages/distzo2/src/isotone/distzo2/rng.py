@@ -145,8 +145,6 @@ class Noise(Protocol):
 class PhiloxNoise:
     """The counter-based directions: stateless, any slice alone."""
 
-    counter_based = True
-
     def fill(self, seed: int, segment: Segment, device: torch.device, dtype: torch.dtype) -> Tensor:
         """z of the elements of `segment`, of shape (segment.length,)."""
         return normal(seed, segment.parameter, segment.first, segment.length, device).to(dtype)
@@ -159,8 +157,6 @@ class TorchNoise:
     seeds in use, this step's and the pending one's (section 2.3 d), and found by drawing once in order. Whole
     parameters only: there are no slices.
     """
-
-    counter_based = False
 
     def __init__(self, sizes: list[int], dtypes: list[torch.dtype], device: torch.device, keep: int = 2) -> None:
         self._sizes, self._dtypes, self._device, self._keep = sizes, dtypes, device, keep

@@ -7,6 +7,7 @@ steps at rate 0 leave them as they are, bit for bit (section 7, item 9).
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from isotone.distzo2.layout import Bucket, Layout
 from isotone.distzo2.pipeline import stored_dtype, working_dtype
 from isotone.distzo2.rng import Noise
 
+LOST = 0.5
+"""The share of an update that rounding may swallow before a warning says so."""
 Stream = tuple[int, int]
 """A forward pass: its direction, and whether it is the first of the two losses or the second."""
 
@@ -41,6 +44,7 @@ class Weights:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._shown: dict[Stream | None, list[Tensor]] = {}
         self._shown_rest: dict[Stream | None, list[Tensor]] = {}
+        self._watched = False
         self._pointed: Stream | None = None
         self._rest_pointed = False
 
@@ -133,6 +137,7 @@ class Weights:
     ) -> None:
         """The update with the first direction's perturbations in one pass, and a pass for each further direction."""
         segments = bucket.segments()
+        before = flat.clone() if update is not None and self._watches(flat) else None
         for direction in sorted({stream[0] for stream in outs}):
             kernels.advance(
                 *(flat, segments, self.noise, update),
@@ -145,6 +150,21 @@ class Weights:
             update = None
         if update is not None:
             kernels.advance(flat, segments, self.noise, update, stochastic=self.config.stochastic_rounding)
+        if before is not None:
+            self._warn(kernels.lost_updates(before, flat))
+
+    def _watches(self, flat: Tensor) -> bool:
+        """Whether an update may be lost to rounding, and none has been looked at yet."""
+        return not (self._watched or self.config.stochastic_rounding) and flat.dtype in (torch.float16, torch.bfloat16)
+
+    def _warn(self, lost: float) -> None:
+        self._watched = True
+        if lost > LOST:
+            warnings.warn(
+                f"rounding to half precision swallowed {100 * lost:.0f} % of an update: take stochastic_rounding=True, "
+                f"or offload_dtype=torch.float32 for a master copy",
+                stacklevel=2,
+            )
 
     def _as_working(self, key: tuple[object, ...], bucket: Bucket, flat: Tensor) -> Tensor:
         """A bucket in the type of the forward passes: itself where that is how it is stored."""
