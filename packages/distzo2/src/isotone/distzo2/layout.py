@@ -112,7 +112,7 @@ class Unit:
 
 @dataclass
 class Layout:
-    """A model cut into units. `trained`, `sizes`, `dtypes`: the trained tensors' names, elements and types by number."""
+    """A model cut into units. `trained`, `sizes`, `dtypes`: the trained tensors' names, elements, types by number."""
 
     blocks: list[Unit]
     resident: Unit
