@@ -202,7 +202,7 @@ def test_claims_by_hand():
     assert found["control"].held is None and found["noise-local-8"].measured == 7
 
 
-def test_verbs(tmp_path):
+def test_verbs(tmp_path, monkeypatch):
     def run(*argv):
         done = run_cli(app, [*argv, "--json"], tmp_path)
         assert done.code == 0, done.stderr
@@ -219,8 +219,20 @@ def test_verbs(tmp_path):
     (row,) = json.loads((tmp_path / "a" / "attack.json").read_text())
     assert row["tried"] == 1 and row["d"] == 610 and row["s"] is None
     assert (tmp_path / "a" / "attack-batch-1.png").stat().st_size > 1000
-    argv = ["compare", "--model", "linear", "--arms", "fedavg", "--clients", "3", "--rounds", "2", "--rates", "1"]
-    assert "%" in run(*argv, "--out", "c")["fedavg"] and (tmp_path / "c" / "bytes.png").is_file()
+    asked = []
+
+    def compare(source, setting, name, seeds):
+        asked.append((setting.model, setting.clients, setting.plain_rounds, setting.rates, name, seeds))
+        return compared(name, 100 if name == "fedavg" else 10, 90.0)
+
+    monkeypatch.setattr(study, "compare", compare)
+    argv = ["compare", "--model", "linear", "--arms", "fedavg,srht", "--clients", "3", "--rounds", "2", "--rates", "1"]
+    said = run(*argv, "--out", "c", "--seeds", "7")
+    assert asked == [("linear", 3, 2, (1.0,), arm, (7,)) for arm in ("fedavg", "srht")]
+    assert said["srht"].startswith("90.00 % in 2 rounds of 10 bytes up") and "89.0 % after 2 kB" in said["srht"]
+    assert len(json.loads((tmp_path / "c" / "compare.json").read_text())) == 2 and (tmp_path / "c/bytes.png").is_file()
+    run(*argv, "--out", "c", "--seeds", "7")
+    assert len(asked) == 2, "arms that finished are not run again"
     for argv, words in (
         (["account", "--noise", "1", "--epsilon", "1"], "both"),
         (["account", "--noise", "1", "--rounds", "0"], "rounds"),
