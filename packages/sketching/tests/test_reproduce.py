@@ -129,19 +129,19 @@ def quick(monkeypatch):
 
 def test_the_reproduction_resumes_arm_by_arm(tmp_path, quick, monkeypatch):
     run = Run(tmp_path, device="cpu", quiet=True)
-    real = convergence.ablations
+    real = reproduce.audit_networks
 
-    def killed():
+    def killed(*arguments, **options):
         raise Stop
 
-    monkeypatch.setattr(convergence, "ablations", killed)
+    monkeypatch.setattr(reproduce, "audit_networks", killed)
     with pytest.raises(Stop):
         reproduce.reproduce("smoke", run)
     before = list(quick)
     assert [name for name, _ in before] == ["compare", "compare", "measured"]
-    monkeypatch.setattr(convergence, "ablations", real)
+    monkeypatch.setattr(reproduce, "audit_networks", real)
     report = reproduce.reproduce("smoke", run)
-    assert [name for name, _ in quick[len(before) :]] == ["ablations", "audit_networks", "audit_networks"]
+    assert [name for name, _ in quick[len(before) :]] == ["audit_networks", "audit_networks"]
     report.save(tmp_path)
     names = {"accuracy-bytes", "loss-bytes", "bounds", "psnr", "sheet-batch-1"}
     assert set(report.figures) == names and len(list(tmp_path.glob("*.png"))) == len(names)
@@ -160,6 +160,7 @@ def test_the_scale_that_judges(tmp_path, quick):
     report = reproduce.reproduce("cpu", Run(tmp_path, device="cpu", quiet=True, seeds=(5, 6)))
     scale, names = SCALES["cpu"], [name for name, _ in quick]
     assert names.count("compare") == len(scale.arms) and names.count("private") == len(scale.trusts)
+    assert names.count("ablations") == 1 and names.count("numbers_sent") == len(scale.sent)
     assert names.count("measured") == len(scale.problems) * len(scale.curves)
     assert all(arguments[-1] == (5, 6) for name, arguments in quick if name in ("compare", "private"))
     assert any(m.held for m in report.measurements) and "epsilon" in report.figures

@@ -48,8 +48,8 @@ def federated_claims(rows: Sequence[Row]) -> list[Measurement]:
     return found
 
 
-def bound_claims(curves: Sequence[Row], sent: Sequence[Row], broken: Mapping[str, float]) -> list[Measurement]:
-    """Measured convergence inside the bounds; numbers sent; what a fixed sketch and a step of 1 / L do."""
+def bound_claims(curves: Sequence[Row], sent: Sequence[Row], broken: Mapping[str, float] | None) -> list[Measurement]:
+    """Measured convergence inside the bounds; numbers sent; what a fixed sketch and a step of 1 / L do, if known."""
     found = []
     for problem in dict.fromkeys(curve["problem"] for curve in curves):
         mine = [curve for curve in curves if curve["problem"] == problem]
@@ -68,6 +68,8 @@ def bound_claims(curves: Sequence[Row], sent: Sequence[Row], broken: Mapping[str
         found.append(Measurement(item.claim, item.measured, row["error"]))
         text = f"The same, {row['kind']}, s = {row['s']}, to the bound of its 20 rounds"
         found.append(_claim(f"sent-bound-{name}", text, source, "×", [row["guaranteed"]], row["most"], "max"))
+    if broken is None:
+        return found
     text = "One sketch for all rounds stalls: f after 2,000 rounds over f before"
     found.append(_claim("fixed", text, SPEC, "ratio", [broken["fixed"]], 0.5, paper=0.83))
     text = "The step 1 / L diverges: |w| after 50 rounds, s = 16, d = 128"

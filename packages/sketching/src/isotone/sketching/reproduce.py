@@ -56,7 +56,15 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
     identity = {"scale": scale, "version": VERSION, "data": digest, "seeds": list(seeds)}
     log = ArmLog(run.out, identity, run.resume)
     bounds = len(setting.problems) * len(setting.curves) + len(setting.sent)
-    steps = len(setting.arms) + len(setting.kinds) + bounds + len(setting.trusts) + len(setting.audits) + 2
+    steps = (
+        len(setting.arms)
+        + len(setting.kinds)
+        + bounds
+        + len(setting.trusts)
+        + len(setting.audits)
+        + setting.ablations
+        + 1
+    )
     with progress.bar("sketching", steps, run.silent) as bar:
 
         def arm(name: str, config: Any, function: Callable[[], Any]) -> Any:
@@ -82,7 +90,7 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
             arm(f"numbers {kind} {s}", draws, partial(convergence.numbers_sent, kind, s, draws))
             for kind, s in setting.sent
         ]
-        broken = arm("ablations", None, convergence.ablations)
+        broken = arm("ablations", None, convergence.ablations) if setting.ablations else None
         audits = {
             name: arm(f"attack {name}", (setting.hidden, config), partial(_audit, source, setting, seeds, config))
             for name, config in setting.audits

@@ -80,14 +80,15 @@ def dealt(source: Dataset, setting: Setting, seeds: Sequence[int]) -> Dealt:
     each = [deal(x, y, setting.clients, setting.concentration, seed) for seed in seeds]
     most = max(one.y.shape[1] for one in each)
 
-    def grown(leaf: Array) -> Array:
+    def grown(leaf: Array) -> np.ndarray:
         # what is past a client's size is never counted
-        return jnp.pad(leaf, [(0, 0), (0, most - leaf.shape[1]), *((0, 0) for _ in leaf.shape[2:])], mode="wrap")
+        width = [(0, 0), (0, most - leaf.shape[1]), *((0, 0) for _ in leaf.shape[2:])]
+        return np.pad(np.asarray(leaf), width, mode="wrap")
 
     return (
-        jnp.stack([grown(one.x) for one in each]),
-        jnp.stack([grown(one.y) for one in each]),
-        jnp.stack([one.size for one in each]),
+        jnp.asarray(np.stack([grown(one.x) for one in each])),
+        jnp.asarray(np.stack([grown(one.y) for one in each])),
+        jnp.asarray(np.stack([np.asarray(one.size) for one in each])),
     )
 
 
