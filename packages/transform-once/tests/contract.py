@@ -14,13 +14,19 @@ BAD = [
     (["train", "other.npz", *TRAIN], "found z"),
     (["train", "grids.npz", *TRAIN], "one grid"),
     (["train", "fields.txt", *TRAIN], "fields.txt"),
-    (["train", "torn.pt", *TRAIN], "torn.pt"),
     (["train", "torn.h5", *TRAIN], "torn.h5"),
     (["train", "fields.npz", "--model", "lstm"], "lstm"),
     (["train", "fields.npz", "--modes", "9"], "9"),
     (["train", "fields.npz", "--modes", "four"], "four"),
     (["train", "fields.npz", "--init", "xavier"], "xavier"),
     (["train", "fields.npz", *TRAIN, "--lr", "nan"], "nan"),
+    (["train", "either.npz", *TRAIN], "--no-channels"),
+    (["train", "complex.npz", *TRAIN], "complex128"),
+    (["train", "flipped.npz", *TRAIN], "flipped.npz"),
+    (["train", "one.npz", *TRAIN], "1 trajectories"),
+    (["train", "fields.npz", "--model", "u-net", "--modes", "4"], "--modes"),
+    (["train", "fields.npz", *TRAIN, "--context", "2"], "--context"),
+    (["train", "fields.npz", *TRAIN, "--order", "2"], "order 2"),
     (["train", "fields.npz", *TRAIN, "--loss", "l7"], "l7"),
     (["train", "fields.npz", *TRAIN, "--test", "1.5"], "1.5"),
     (["train", "fields.npz", *TRAIN, "--batch-size", "99"], "99"),
@@ -30,6 +36,7 @@ BAD = [
     (["evaluate", "missing", "fields.npz"], "config.json"),
     (["rollout", "torn", "fields.npz"], "whole model"),
     (["modes", "fields.npz", "--tol", "2"], "2"),
+    (["modes", "either.npz"], "--channels"),
     (["export", "missing"], "config.json"),
     (["generate", "--problem", "weather"], "weather"),
     (["generate", "--samples", "0"], "samples"),
@@ -51,8 +58,14 @@ def files(folder: Path) -> None:
     np.savez(folder / "other.npz", z=x)
     np.savez(folder / "grids.npz", x=x, y=x[:, :4])
     np.savez(folder / "zero.npz", x=x, y=0 * x)
+    np.savez(folder / "either.npz", x=x[:, :, :4], y=x[:, :, :4])
+    np.savez(folder / "complex.npz", x=x + 1j, y=x)
+    np.savez(folder / "one.npz", trajectories=x[:1, :, :, None])
+    np.savez_compressed(folder / "flipped.npz", x=x, y=x)
+    flipped = bytearray((folder / "flipped.npz").read_bytes())
+    flipped[2000] ^= 0xFF  # in the middle of a compressed stream
+    (folder / "flipped.npz").write_bytes(flipped)
     (folder / "torn.npz").write_bytes((folder / "fields.npz").read_bytes()[:200])
-    (folder / "torn.pt").write_bytes(b"\x80\x04junk")
     (folder / "torn.h5").write_bytes(b"\x89HDF\r\n")
     (folder / "fields.txt").write_text("1 2 3")
     (folder / "torn").mkdir()

@@ -11,13 +11,18 @@ from safetensors.numpy import load_file
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
 from isotone.shared.testing import kill_and_resume, run_cli
-from isotone.transform_once import bench, claims, peers, reproduce, scales, speed
+from isotone.transform_once import bench, claims, cli, metrics, peers, reproduce, scales, speed
 from isotone.transform_once.cli import app
 from isotone.transform_once.config import FNOConfig, T1Config
+from isotone.transform_once.data import load
+from isotone.transform_once.operator import Operator
 from isotone.transform_once.study import Arm, rolled
 from isotone.transform_once.training import TrainConfig
 
 SMALL = ["--width", "3", "--depth", "1", "--modes", "4", "--batch-size", "4"]
+
+
+DEFAULT_OUT = "isotone-results/transform-once"
 
 
 def write_fields(folder):
@@ -25,35 +30,126 @@ def write_fields(folder):
     np.savez(folder / "fields.npz", inputs=x, targets=x[:, ::-1] + x)
 
 
-def test_from_fields_to_predictions(tmp_path):
+def commands(folder):
     def run(*argv):
-        result = run_cli(app, [*argv, "--json"], tmp_path)
+        result = run_cli(app, [*argv, "--json"], folder)
         assert result.code == 0, result.stderr
         return json.loads(result.stdout)
 
+    return run
+
+
+def table(path):
+    return np.genfromtxt(path, delimiter=",", names=True)
+
+
+def test_from_fields_to_predictions(tmp_path):
+    run = commands(tmp_path)
     made = run("generate", "--problem", "plume", "--samples", "3", "--size", "8", "--frames", "5", "--out", "gen")
     assert made["inputs"] == "(9, 16, 8, 2)"
     found = run("train", "gen/fields.npz", "--epochs", "3", *SMALL, "--out", "run")
     assert found["test relative L2"] >= found["irreducible"]
     assert (tmp_path / "run" / "history.csv").read_text().count("\n") == 4
     errors = run("evaluate", "run", "gen/fields.npz")
-    rows = np.genfromtxt(tmp_path / "run" / "errors.csv", delimiter=",", names=True)
+    rows = table(tmp_path / "run" / "errors.csv")
     assert len(rows) == 9 and np.isclose(rows["relative_l2"].mean(), errors["relative l2"], rtol=1e-3)
-    rolled_out = run("rollout", "run", "gen/fields.npz", "--steps", "3", "--order", "1")
-    assert rolled_out["frames"] == "(9, 3, 16, 8, 1)" and rolled_out["finite"]
+    # three trajectories, of each three frames after the first two
+    rolled_out = run("rollout", "run", "gen/fields.npz", "--steps", "4")
+    assert rolled_out["frames"] == "(3, 4, 16, 8, 1)" and rolled_out["finite"]
     with np.load(tmp_path / "run" / "rollout.npz") as file:
-        assert file["frames"].shape == (9, 3, 16, 8, 1)
+        frames = file["frames"]
+    steps = table(tmp_path / "run" / "rollout-errors.csv")
+    assert steps["step"].tolist() == [1, 2, 3] and steps.dtype.names[1:] == ("relative_l2", "mae", "smape", "psnr")
+    # the first step is the prediction of each trajectory's first window
+    assert np.isclose(steps["relative_l2"][0], rows["relative_l2"][:3].mean(), rtol=1e-4)
+    truth = load(tmp_path / "gen" / "fields.npz").targets[6:9]
+    assert np.isclose(steps["mae"][2], metrics.mae(frames[:, 2], truth).mean(), rtol=1e-4)
+    late = run("rollout", "run", "gen/fields.npz", "--steps", "4", "--start", "2", "--out", "late")
+    assert "relative L2 at step 1" in late and (tmp_path / "late" / "rollout.npz").is_file()
     assert "modes for 0.02" in run("modes", "gen/fields.npz", "--out", "m", "--per-axis")
-    assert run("export", "run")["fields"] == "(batch, 16, 8, 2)"
+    # a folder that is named is taken, the default one too
+    assert run("export", "run", "--out", DEFAULT_OUT)["fields"] == "(batch, 16, 8, 2)"
+    assert (tmp_path / DEFAULT_OUT / "model.jax").is_file() and not (tmp_path / "run" / "model.jax").exists()
     for name in ("gen/fields.png", "run/prediction.png", "m/modes.png"):
         assert (tmp_path / name).stat().st_size > 3000
 
 
-@pytest.mark.parametrize("model", ["t1u", "mlp", "fno"])
+def test_models_of_increments(tmp_path):
+    """What is learnt at once: frames that fall by a tenth of a fixed field each."""
+    run = commands(tmp_path)
+    rng = np.random.default_rng(0)
+    fixed, first = rng.standard_normal((2, 1, 16)), rng.standard_normal((10, 1, 16))
+    frames = 0.1 * first + np.arange(6).reshape(1, 6, 1) * fixed[0] + 3
+    np.savez(tmp_path / "t.npz", trajectories=frames)
+    argv = ["t.npz", *SMALL, "--modes", "16", "--epochs", "2", "--no-channels", "--order", "1", "--context", "2"]
+    trained = run("train", *argv, "--out", "run")
+    assert trained["test relative L2, increments of order 1"] > 0 and "irreducible" in trained
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["order"], info["context"], info["step"], info["data"]) == (1, 2, 1, "t.npz")
+    # the windows and the order are those of the training, and what it adds is added
+    errors = run("evaluate", "run", "t.npz", "--no-channels")
+    run("rollout", "run", "t.npz", "--no-channels", "--steps", "3")
+    steps = table(tmp_path / "run" / "rollout-errors.csv")
+    model, fields = Operator.load(tmp_path / "run"), load(tmp_path / "t.npz", 2, channels=False)
+    found = model.predict(fields.inputs) + fields.inputs[..., 1:]
+    each = metrics.relative_l2(found, fields.targets)
+    assert np.isclose(errors["relative l2"], each.mean(), rtol=1e-3)
+    assert np.isclose(steps["relative_l2"][0], each[:10].mean(), rtol=1e-3)
+    done = run_cli(app, ["rollout", "run", "t.npz", "--no-channels", "--order", "0"], tmp_path)
+    assert done.code == 2 and "expected --order 1" in done.stderr
+    load(tmp_path / "t.npz", 2, 2, channels=False).save(tmp_path / "wider.npz")
+    done = run_cli(app, ["rollout", "run", "wider.npz"], tmp_path)
+    assert done.code == 2 and "windows of step 1" in done.stderr
+    (tmp_path / "run" / "run.json").write_text("{}")
+    done = run_cli(app, ["evaluate", "run", "t.npz", "--no-channels"], tmp_path)
+    assert done.code == 2 and "run.json" in done.stderr
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_fields_of_one_and_three_axes(axes, tmp_path):
+    run = commands(tmp_path)
+    x = np.random.default_rng(0).standard_normal((8, *(6, 8, 5)[-axes:], 1)).astype(np.float32)
+    np.savez(tmp_path / "fields.npz", x=x, y=x + 1)
+    run("train", "fields.npz", "--model", "mlp", *SMALL, "--epochs", "1", "--out", "run")
+    assert run("evaluate", "run", "fields.npz")["relative l2"] > 0
+    assert (tmp_path / "run" / "prediction.png").stat().st_size > 3000
+    assert f"modes for {0.02:g}" in run("modes", "fields.npz", "--out", "m")
+
+
+def test_options_that_a_model_has_no_use_for(tmp_path):
+    write_fields(tmp_path)
+    for argv, words in (
+        ("--model u-net --modes 4", "no --modes for u-net"),
+        ("--model u-net --width 3", "no --width for u-net"),
+        ("--model u-net --init zero", "no --init for u-net"),
+        ("--model t1u --width 300", "no --width for t1u"),
+        ("--model mlp --init vp", "no --init for mlp"),
+        ("--model f-fno --init vp", "no --init for f-fno"),
+        ("--model fno --transform dct", "no --transform for fno"),
+        ("--dtype bfloat16 --transform dft", "bfloat16"),
+        ("--dtype float64", "float64"),
+        ("--modes 4,4,4", "1 or 2 numbers"),
+        ("--context 1", "no --context"),
+        ("--step 1", "no --step"),
+        ("--order 2", "order 2"),
+        ("--order 3", "order 0, 1 or 2"),
+        ("--channels --model t1 --modes 4,4", "1 or 1 numbers"),
+    ):
+        done = run_cli(app, ["train", "fields.npz", *argv.split()], tmp_path)
+        assert done.code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (argv, done.stderr)
+    fields = load(tmp_path / "fields.npz")
+    for init in ("vp", None):
+        config = cli._config("fno", fields, {"init": init, "modes": "3"}, "float32")
+        assert config == FNOConfig(modes=(3, 3), init=init or "naive", sizes=(8, 8))
+    assert cli._config("t1", fields, {"modes": "4"}, "float32").first_layer_init_only
+
+
+@pytest.mark.parametrize("model", [pytest.param("t1u", marks=pytest.mark.slow), "mlp", "fno"])
 def test_every_model_is_trained_by_name(model, tmp_path):
     write_fields(tmp_path)
     modes = ["--modes", "auto" if model == "fno" else "3"]
-    argv = ["train", "fields.npz", "--model", model, *SMALL, *modes, "--epochs", "1", "--out", model, "--json"]
+    small = SMALL if model != "t1u" else [word for word in SMALL if word not in ("--width", "3")]
+    argv = ["train", "fields.npz", "--model", model, *small, *modes, "--epochs", "1", "--out", model, "--json"]
     done = run_cli(app, argv, tmp_path)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["test relative L2"] > 0
@@ -161,6 +257,7 @@ def test_claims_by_hand():
     assert claims.times([*rows, row(naive[0], 0, 0.1, 0.5)])[0].measured == 4.0
 
 
+@pytest.mark.slow
 def test_every_row_of_the_bench(monkeypatch):
     monkeypatch.setattr(bench, "MODES", 3)
     monkeypatch.setattr(bench, "WIDTH", 2)
@@ -169,7 +266,7 @@ def test_every_row_of_the_bench(monkeypatch):
     assert set(bench.rivals(8)) >= {"fno", "fno-matmul", "f-fno"}
     monkeypatch.setattr(bench, "rivals", lambda size: {"fno": FNOConfig(modes=(3, 3), width=2, depth=1)})
     ids = [r.id for r in bench.train_rows(8, "cpu", 6)] + [r.id for r in bench.predict_rows(8, "cpu", 6)]
-    assert ids == ["train-8-fno", "predict-8-fno"]
+    assert ids == ["train-8-fno", "memory-8-fno", "predict-8-fno"]
     small = {"t1": T1Config(modes=(2, 2), width=2, depth=1, sizes=(8, 8))}
     monkeypatch.setattr(speed, "arms", lambda *args: small)
     monkeypatch.setattr(speed, "available", lambda: False)

@@ -16,4 +16,4 @@ if _LEVEL not in os.environ.get("XLA_FLAGS", ""):  # a level that the user has c
 
 fast_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 """`jax.jit` at a lower level of the compiler, and on a CPU with its older code for fused loops where there is a choice:
-scans of many small steps compile twice as fast and run no slower."""
+the studies' scans of many small steps are compiled more often than they are run."""

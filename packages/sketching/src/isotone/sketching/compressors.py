@@ -84,11 +84,8 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Sketched:
-    """The paper's: R_t delta up, the mean of them down, R_t^T of that applied by all (section 2.3).
-
-    Linear, so that the server adds what it does not look into and never needs the weights.
-    """
+class ThroughSketch:
+    """What all that send R_t delta share: s float32 each way, the sketch's own scale, no states."""
 
     sketch: Sketch | TreeSketch
 
@@ -109,7 +106,16 @@ class Sketched:
         return self.sketch.eta_g
 
     def init(self, clients: int) -> tuple[Any, Any]:
+        """No states."""
         return (), ()
+
+
+@dataclass(frozen=True)
+class Sketched(ThroughSketch):
+    """The paper's: R_t delta up, the mean of them down, R_t^T of that applied by all (section 2.3).
+
+    Linear, so that the server adds what it does not look into and never needs the weights.
+    """
 
     def combine(self, t: Array, key: Array, deltas: Array, weights: Array, clients: Any, server: Any) -> Result:
         sent = jax.vmap(lambda delta: self.sketch.sk(t, delta))(deltas)

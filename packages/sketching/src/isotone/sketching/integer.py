@@ -20,10 +20,8 @@ from jax import Array
 from jaxtyping import Float, Int, UInt32
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.compressors import FLOAT, Result
+from isotone.sketching.compressors import FLOAT, Result, ThroughSketch
 from isotone.sketching.rounding import stochastic_floor
-from isotone.sketching.sketches import Sketch
-from isotone.sketching.trees import TreeSketch
 
 FINEST = 1 << 22
 """Steps to either side: more of them a float32 does not tell apart."""
@@ -101,31 +99,14 @@ def mask(seeds: Mapping[int, bytes], client: int, t: int, s: int) -> UInt32[np.n
 
 
 @dataclass(frozen=True)
-class IntegerSketch:
+class IntegerSketch(ThroughSketch):
     """`compressors.Sketched` with words in place of floats up: as a server sees rounds that it may only add.
 
     Whoever is heard counts alike. The server's state is how many numbers were clipped in all rounds; down goes the mean
     as float32.
     """
 
-    sketch: Sketch | TreeSketch
     code: IntegerCode
-
-    @property
-    def d(self) -> int:
-        return self.sketch.d
-
-    @property
-    def bytes_up(self) -> int:
-        return FLOAT * self.sketch.s
-
-    @property
-    def bytes_down(self) -> int:
-        return FLOAT * self.sketch.s
-
-    @property
-    def scale(self) -> float:
-        return self.sketch.eta_g
 
     def init(self, clients: int) -> tuple[Any, Any]:
         """Nothing was clipped yet. Raises `InputError` on more clients than the code has room for."""

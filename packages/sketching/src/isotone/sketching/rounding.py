@@ -15,9 +15,8 @@ from jax import Array
 from jaxtyping import Float
 
 from isotone.shared.errors import InputError
-from isotone.sketching.compressors import FLOAT, Result, mean
-from isotone.sketching.sketches import Sketch
-from isotone.sketching.trees import TreeSketch
+from isotone.sketching.compressors import Result, ThroughSketch, mean
+from isotone.sketching.wire import value_bytes
 
 DTYPES = ("float32", "bfloat16", "int8")
 _STEPS = 127
@@ -56,11 +55,11 @@ def payload(dtype: str, s: int) -> int:
     """Bytes of s numbers on the wire; int8 sends its step too."""
     if dtype not in DTYPES:
         raise InputError(f"expected numbers of {', '.join(DTYPES)} to send, got {dtype!r}")
-    return {"float32": FLOAT * s, "bfloat16": 2 * s, "int8": s + FLOAT}[dtype]
+    return value_bytes(dtype, s)
 
 
 @dataclass(frozen=True)
-class RoundedSketch:
+class RoundedSketch(ThroughSketch):
     """`compressors.Sketched` in fewer bits: every client's R_t delta is rounded to `dtype`, and so is their mean on its
     way down.
 
@@ -68,15 +67,10 @@ class RoundedSketch:
     little where the numbers are spread, as a transform spreads them, and at most |y|^2 / 65,536 for bfloat16.
     """
 
-    sketch: Sketch | TreeSketch
     dtype: str = "int8"
 
     def __post_init__(self) -> None:
         payload(self.dtype, 1)
-
-    @property
-    def d(self) -> int:
-        return self.sketch.d
 
     @property
     def bytes_up(self) -> int:
@@ -85,14 +79,6 @@ class RoundedSketch:
     @property
     def bytes_down(self) -> int:
         return self.bytes_up
-
-    @property
-    def scale(self) -> float:
-        return self.sketch.eta_g
-
-    def init(self, clients: int) -> tuple[Any, Any]:
-        """No states."""
-        return (), ()
 
     def combine(self, t: Array, key: Array, deltas: Array, weights: Array, clients: Any, server: Any) -> Result:
         """The mean of the rounded sketches, rounded, and back; key i + 1 rounds client i's, key 0 the mean."""

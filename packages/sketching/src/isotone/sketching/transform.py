@@ -36,7 +36,7 @@ def sketch_compress(
 ) -> optax.GradientTransformation:
     """Updates u to `scale` * desk_t(sk_t(u)), t the number of the step.
 
-    `kind`: of a sketch made for the updates' tree, or a sketch of all its numbers that was made already.     `scale`
+    `kind`: of a sketch made for the updates' tree, or a sketch of all its numbers that was made already. `scale`
     "auto": 1 / (1 + alpha), with which a step that is safe without a sketch is safe with it (section 2.4); 1.0 leaves
     the update unbiased. `ratio`, `s`, `seed`, `per_leaf`: as `tree_sketch`. `dtype`: of the numbers in the channel, see
     `rounding`.

@@ -150,7 +150,7 @@ def decode(data: bytes, expected: Expected | None = None) -> Message:
             return Message(**{**head, "text": body.decode()})
         except UnicodeDecodeError:
             raise InputError(f"expected UTF-8 in a message of kind {kind}") from None
-    wanted_length = 4 * places + _value_bytes(dtype, s, extra)
+    wanted_length = 4 * places + value_bytes(dtype, s, extra)
     if len(body) != wanted_length:
         raise InputError(f"expected {wanted_length} bytes for {places} places and {s} values, got {len(body)}")
     where = np.frombuffer(body[: 4 * places], "<u4") if places else None
@@ -184,7 +184,8 @@ def bits_of(levels: int) -> int:
     return math.ceil(math.log2(2 * levels + 1))
 
 
-def _value_bytes(dtype: str, s: int, levels: int) -> int:
+def value_bytes(dtype: str, s: int, levels: int = 1) -> int:
+    """Bytes of s values, with the scale of quantised ones."""
     if dtype == "bits":
         return 4 + -(-bits_of(max(1, levels)) * s // 8)
     return {"float32": 4 * s, "bfloat16": 2 * s, "int8": 4 + s}[dtype]

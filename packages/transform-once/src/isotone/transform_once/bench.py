@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from isotone.shared import device, progress
 from isotone.shared.bench import compare
 from isotone.shared.claims import Ratio, Report
 from isotone.shared.cli import Run
-from isotone.transform_once import peers, speed
+from isotone.transform_once import peers, plots, speed
 from isotone.transform_once.transforms import dct
 
 MODES, WIDTH, DEPTH, BATCH = 24, 16, 4, 8
@@ -43,7 +43,15 @@ def bench(run: Run, sizes: tuple[int, ...] | None = None, rounds: int = 8) -> Re
         "jax",
         ratios=ratios,
         seconds=time.perf_counter() - begin,
+        figures={"step-time": plots.step_times(_curve(ratios))},
     )
+
+
+def _curve(ratios: Sequence[Ratio]) -> list[tuple[str, int, float]]:
+    """(arm, size, seconds a step) of the training rows."""
+    rows = [(r.id.removeprefix("train-").split("-", 1), r) for r in ratios if r.id.startswith("train-")]
+    ours = {int(size): ("T1", int(size), r.ours_value) for (size, _), r in rows}
+    return [*ours.values(), *((name, int(size), r.peer_value) for (size, name), r in rows)]
 
 
 def rivals(size: int) -> dict[str, Any]:
@@ -69,11 +77,13 @@ def train_rows(size: int, where: str, rounds: int) -> list[Ratio]:
     """An epoch of two steps, T1 beside every FNO; the fastest of them has the target."""
     shape = {"modes": MODES, "width": WIDTH, "depth": DEPTH}
     ours = speed.trainer(speed.arms(size, **shape)["t1"], size, BATCH, 2, where)
-    found = []
+    found, memory, own = [], [], ours.memory()
     for name, config in rivals(size).items():
         theirs = speed.trainer(config, size, BATCH, 2, where, **shape)
         timing = compare(_epoch(ours), _epoch(theirs), rounds=max(6, rounds), warmup=2, device=where)
         found.append((name, timing))
+        if config is not None:
+            memory.append((name, theirs.memory()))
         del theirs
         jax.clear_caches()
     fastest = min((pair for pair in found if pair[0] != "f-fno"), key=lambda pair: pair[1].ratio)[0]
@@ -90,6 +100,18 @@ def train_rows(size: int, where: str, rounds: int) -> list[Ratio]:
             bar if name == fastest else None,
         )
         for name, timing in found
+    ] + [
+        Ratio(
+            f"memory-{size}-{name}",
+            f"memory that the program of that step works in, {size} x {size}",
+            "T1",
+            *(name, version(name)),
+            own / 1e6,
+            peer / 1e6,
+            "MB",
+            None,
+        )
+        for name, peer in memory
     ]
 
 

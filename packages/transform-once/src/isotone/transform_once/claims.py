@@ -100,11 +100,16 @@ def _reported(task: str, words: str, rows: Rows) -> list[Measurement]:
         )
         claim = _claim(f"{task}-error-{arm}", text, "the official table's values are not known", "relative L2", None)
         found.append(_measured(claim, [row["error"] for row in mine]))
+        if "finer" in mine[0]:
+            text = f"{words}: {arm}, the same weights on the finer grid"
+            source = "section 2.3, resolution transfer"
+            claim = _claim(f"{task}-finer-{arm}", text, source, "relative L2", None)
+            found.append(_measured(claim, [row["finer"] for row in mine]))
     return found
 
 
 def times(rows: Rows, judged: bool = True) -> list[Measurement]:
-    """Samples a second in training, T1 over the faster FNO of the same modes, width and depth."""
+    """Samples a second in training, T1 over the faster FNO."""
     fno = fastest(rows)
     ours = [row["epoch_seconds"] for row in rows if row["arm"] == "t1-naive"]
     theirs = [row["epoch_seconds"] for row in rows if row["arm"] == fno]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import Report
 from isotone.shared.cli import Run, paper_app, run_main, verb
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.transform_once import bench as benchmarks
 from isotone.transform_once import data as fields_of
 from isotone.transform_once import metrics, modes, plots, speed
@@ -51,10 +51,26 @@ KINDS = {
     "f-fno": FFNOConfig,
     "u-net": UNetConfig,
 }
+if TYPE_CHECKING:
+    Called = typer.Context
+else:
+    Called = typer.Context.__mro__[1]  # what is handed over: click's own, which versions of typer keep in two places
+UNUSED = {
+    "t1u": ("width",),
+    "mlp": ("init",),
+    "fno": ("transform",),
+    "f-fno": ("init", "transform"),
+    "u-net": ("modes", "width", "init", "transform"),
+}
+"""Options that a model has no use for."""
+STEP_ERRORS = ("relative_l2", "mae", "smape", "psnr")
 File = Annotated[Path, typer.Argument(help=FORMS)]
 Model = Annotated[Path, typer.Argument(help="the folder that `train` wrote")]
-Context = Annotated[int, Opt(help="frames a sample starts from, of a file of trajectories")]
-Step = Annotated[int, Opt(help="frames from the last of them to the target")]
+Context = Annotated[int | None, Opt(help="frames a sample starts from, of a file of trajectories (1)")]
+Step = Annotated[int | None, Opt(help="frames from the last of them to the target (1)")]
+Channels = Annotated[
+    bool | None, Opt("--channels/--no-channels", help="whether the arrays' last axis is one of channels")
+]
 
 
 @verb(app)
@@ -92,27 +108,30 @@ def train(
     run: Run,
     file: File,
     model: Annotated[str, Opt(help=", ".join(KINDS))] = "t1",
-    modes: Annotated[str, Opt(help="kept an axis: 24, or 24,16; auto: from the data")] = "auto",
+    modes: Annotated[str | None, Opt(help="kept an axis: 24, or 24,16; from the data if not given (auto)")] = None,
     width: Annotated[int | None, Opt(help="channels; the model's own if not given")] = None,
     depth: Annotated[int | None, Opt(help="layers")] = None,
-    init: Annotated[str | None, Opt(help="vp, naive, kaiming or zero")] = None,
-    transform: Annotated[str, Opt(help="dct or dft, of t1")] = "dct",
+    init: Annotated[str | None, Opt(help="vp, naive, kaiming or zero; of t1, t1u and fno")] = None,
+    transform: Annotated[str | None, Opt(help="dct (as if not given) or dft, of t1 and mlp")] = None,
     epochs: Annotated[int, Opt(help="of the recipe")] = 100,
     batch_size: Annotated[int, Opt(help="samples a step")] = 20,
     lr: Annotated[float, Opt(help="AdamW's rate")] = 1e-3,
     weight_decay: Annotated[float, Opt(help="AdamW's")] = 1e-4,
     loss: Annotated[str, Opt(help="relative_l2 or mse")] = "relative_l2",
-    test: Annotated[float, Opt(help="share of the samples to test on, the last ones")] = 0.2,
-    context: Context = 1,
-    step: Step = 1,
+    test: Annotated[float, Opt(help="share of the samples, or trajectories, to test on: the last ones")] = 0.2,
+    context: Context = None,
+    step: Step = None,
+    channels: Channels = None,
+    order: Annotated[int, Opt(help="0: the model gives frames; 1, 2: what they add to one or two before")] = 0,
     dtype: Annotated[str, Opt(help="of the layers: float32 or bfloat16")] = "float32",
     checkpoint_every: Annotated[int, Opt(help="epochs between checkpoints")] = 10,
 ) -> dict:
     """Train an operator on fields; a killed training goes on where it was."""
     with _on(run.device):
-        whole = fields_of.load(file, context, step)
-        training, testing = whole.split(test)
-        config = _config(model, modes, training, {"width": width, "depth": depth, "init": init}, transform, dtype)
+        whole = fields_of.load(file, context, step, channels)
+        training, testing = whole.increments(order).split(test)
+        given = {"modes": modes, "width": width, "depth": depth, "init": init, "transform": transform}
+        config = _config(model, training, given, dtype)
         seed = _one_seed(run)
         made = make_model(config, seed)
         recipe = TrainConfig(
@@ -135,68 +154,105 @@ def train(
                 progress=lambda epoch, value: bar.advance(1, loss=f"{value:.4g}"),
             )
         made.save(run.out)
+        frames = {"order": order, "context": whole.frames, "step": whole.step}
+        _write(run.out / "run.json", json.dumps({**frames, "data": whole.name, "sha256": whole.sha256}, indent=1))
         _write(run.out / "history.json", json.dumps(dataclasses.asdict(history)))
         _log(run.out / "history.csv", ["epoch", "loss"], list(enumerate(history.loss, 1)))
-        facts = {"parameters": made.parameters(), "modes": str(config.axes_modes)}
-        floor = _floor(config, testing.targets)
+        kept = {} if isinstance(config, UNetConfig) else {"modes": str(config.axes_modes)}
         return {
-            **facts,
-            "test relative L2": round(history.tests[-1][1], 5),
-            **floor,
+            "parameters": made.parameters(),
+            **kept,
+            f"test relative L2{f', increments of order {order}' if order else ''}": round(history.tests[-1][1], 5),
+            **_floor(config, testing.targets),
             "seconds of training": round(history.seconds, 2),
             "written": str(run.out),
         }
 
 
 @verb(app)
-def evaluate(run: Run, folder: Model, file: File, context: Context = 1, step: Step = 1) -> dict:
-    """Errors of a model on fields, a sample each in errors.csv, and a picture of the median one."""
+def evaluate(
+    run: Run,
+    called: Called,
+    folder: Model,
+    file: File,
+    context: Context = None,
+    step: Step = None,
+    channels: Channels = None,
+) -> dict:
+    """Errors of a model on fields, a sample each in errors.csv, and a picture of the median one. Windows of a file of
+    trajectories are those of the training, where no others are asked for."""
     with _on(run.device):
-        model = Operator.load(folder)
-        given = fields_of.load(file, context, step)
+        model, info = Operator.load(folder), _info(folder)
+        given = fields_of.load(file, context, step, channels, windows=(info["context"], info["step"]))
         found = model.predict(given.inputs)
         if found.shape != given.targets.shape:
             raise InputError(f"expected targets of shape {found.shape} in {str(file)!r}, got {given.targets.shape}")
+        found = found + given.base(info["order"])
         each = {name: getattr(metrics, name)(found, given.targets) for name in ("relative_l2", "mse", "mae", "psnr")}
-        out = _beside(run, folder)
+        out = _beside(run, called, folder)
         rows = list(zip(range(len(found)), *each.values(), strict=True))
         _log(out / "errors.csv", ["sample", *each], rows)
         middle = int(np.argsort(each["relative_l2"])[len(found) // 2])
         picture = plots.fields(given.inputs[middle], given.targets[middle], {"prediction": found[middle]})
         picture.savefig(out / "prediction.png", dpi=120)
-        means = {f"{name.replace('_', ' ')}": float(f"{values.mean():.5g}") for name, values in each.items()}
-        return {**means, **_floor(model.config, given.targets), "written": str(out / "errors.csv")}
+        means = {f"{name.replace('_', ' ')}": _figure(values.mean()) for name, values in each.items()}
+        floor = {} if info["order"] else _floor(model.config, given.targets)
+        return {**means, **floor, "written": str(out / "errors.csv")}
 
 
 @verb(app)
 def rollout(
     run: Run,
+    called: Called,
     folder: Model,
     file: File,
     steps: Annotated[int, Opt(help="frames to predict")] = 10,
-    order: Annotated[int, Opt(help="0: the model gives frames; 1, 2: what they add")] = 0,
+    start: Annotated[int | None, Opt(help="frame of each trajectory to begin at (0)")] = None,
+    order: Annotated[int | None, Opt(help="0: the model gives frames; 1, 2: what they add; as it was trained")] = None,
     domain: Annotated[str, Opt(help="auto, frequency or physical")] = "auto",
+    channels: Channels = None,
 ) -> dict:
-    """Predict frames from the inputs of a file, each a context of one frame or more: rollout.npz."""
+    """Predict frames from the inputs of a file, each a context of one frame or more: rollout.npz.
+
+    Of a file of trajectories, from the first frames of each; the errors against its own frames at every step are in
+    rollout-errors.csv.
+    """
     with _on(run.device):
-        model = Operator.load(folder)
-        inputs = fields_of.load(file, max(1, model.config.in_channels // model.config.out_channels)).inputs
-        channels = model.config.out_channels
-        if inputs.shape[-1] != model.config.in_channels or inputs.shape[-1] % channels:
-            wanted = f"{model.config.in_channels} channels of frames of {channels}"
-            raise InputError(f"expected {wanted} in {str(file)!r}, got {inputs.shape[-1]}")
-        frames = np.stack(np.split(inputs, inputs.shape[-1] // channels, -1), 1)
+        check_count("steps", steps)
+        model, info = Operator.load(folder), _info(folder)
+        if order is not None and info["known"] and order != info["order"]:
+            raise InputError(f"expected --order {info['order']}, which the model was trained for, got {order}")
+        order = info["order"] if order is None else order
+        if info["context"] > 1 and info["step"] > 1:
+            raise InputError(
+                f"expected a model of step 1 or of one frame, got step {info['step']} of {info['context']}"
+            )
+        own = model.config.out_channels
+        context = max(1, model.config.in_channels // own)
+        given = fields_of.load(file, channels=channels, windows=(context, info["step"]))
+        if given.inputs.shape[-1] != model.config.in_channels or given.inputs.shape[-1] % own:
+            wanted = f"{model.config.in_channels} channels of frames of {own}"
+            raise InputError(f"expected {wanted} in {str(file)!r}, got {given.inputs.shape[-1]}")
+        following = given.following(start or 0, steps)
+        if following is None and start is not None:
+            raise InputError(f"expected no --start for pairs, got {start}")
+        if following is not None and info["known"] and given.step != info["step"]:
+            raise InputError(f"expected windows of step {info['step']} in {str(file)!r}, got {given.step}")
+        inputs = given.inputs if following is None else given.inputs[following[0]]
+        frames = np.stack(np.split(inputs, inputs.shape[-1] // own, -1), 1)
         found = model.rollout(frames, steps, order, domain)
-        out = _beside(run, folder)
+        out = _beside(run, called, folder)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, frames=found)
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / "rollout.npz", buffer.getvalue())
-        return {
-            "frames": str(found.shape),
-            "finite": bool(np.isfinite(found).all()),
-            "written": str(out / "rollout.npz"),
-        }
+        facts = {"frames": str(found.shape), "finite": bool(np.isfinite(found).all())}
+        if following is not None:
+            rows = [_errors(found[:, t], following[1][:, t]) for t in range(following[1].shape[1])]
+            _log(out / "rollout-errors.csv", ["step", *STEP_ERRORS], [(t, *row) for t, row in enumerate(rows, 1)])
+            facts[f"relative L2 at step {len(rows)}"] = _figure(rows[-1][0])
+            facts["errors"] = str(out / "rollout-errors.csv")
+        return {**facts, "written": str(out / "rollout.npz")}
 
 
 @verb(app, "modes")
@@ -205,11 +261,12 @@ def modes_verb(
     file: File,
     tol: Annotated[float, Opt(help="mean irreducible relative error to allow")] = 0.02,
     per_axis: Annotated[bool, Opt(help="a number for each axis")] = False,
-    context: Context = 1,
-    step: Step = 1,
+    context: Context = None,
+    step: Step = None,
+    channels: Channels = None,
 ) -> dict:
     """How many modes the targets need, and what each number of them costs: modes.csv, modes.png."""
-    targets = fields_of.load(file, context, step).targets[:500]
+    targets = fields_of.load(file, context, step, channels).targets[:500]
     most = max(targets.shape[1:-1])
     counts = sorted({max(1, round(most * share / 32)) for share in range(1, 33)})
     rows = []
@@ -252,6 +309,7 @@ def benchmark(
 @verb(app)
 def export(
     run: Run,
+    called: Called,
     folder: Model,
     sizes: Annotated[str, Opt(help="the grid, such as 64,64; that of the training if not given")] = "",
 ) -> dict:
@@ -263,7 +321,7 @@ def export(
             raise InputError("expected --sizes such as 64,64: the model names no grid")
         grid = _numbers(sizes, "--sizes") if sizes else own
         assert grid is not None
-        out = _beside(run, folder)
+        out = _beside(run, called, folder)
         out.mkdir(parents=True, exist_ok=True)
         path = export_model(model, tuple(grid), out / "model.jax")
         return {"fields": f"(batch, {', '.join(map(str, grid))}, {model.config.in_channels})", "written": str(path)}
@@ -311,31 +369,76 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     return found
 
 
-def _config(name: str, kept: str, fields: Fields, given: dict[str, Any], transform: str, dtype: str) -> OperatorConfig:
+def _config(name: str, fields: Fields, given: dict[str, Any], dtype: str) -> OperatorConfig:
+    """The model's config, of what was given (None: not) and of the data. Raises `InputError` on what the model has no
+    use for."""
     if name not in KINDS:
         raise InputError(f"expected --model to be one of {', '.join(KINDS)}, got {name!r}")
-    sizes = fields.sizes
-    if kept == "auto":
-        # the rule of thumb: a third of the error that a model may be expected to reach, here 5 %
-        chosen = modes.select_modes(fields.targets[:200], 0.017)
-    else:
-        chosen = _numbers(kept, "--modes")
-        chosen = chosen * len(sizes) if len(chosen) == 1 else chosen
-    kind = KINDS[name]
-    spectral = issubclass(kind, T1Config)
-    if not spectral or transform == "dft":
-        limits = (*(n // 2 for n in sizes[:-1]), sizes[-1] // 2 + 1)
-        chosen = tuple(min(m, limit) for m, limit in zip(chosen, limits, strict=True)) if kept == "auto" else chosen
     settings = {key: value for key, value in given.items() if value is not None}
-    channels = {"in_channels": fields.inputs.shape[-1], "out_channels": fields.targets.shape[-1], "dtype": dtype}
-    if spectral:
-        channels |= {"sizes": sizes, "transform": transform}
-        if kind is T1Config and "init" not in settings:
-            # what a stack wants whose modes are cut once
-            settings |= {"init": "vp", "first_layer_init_only": True}
-    elif transform != "dct":
-        raise InputError(f"expected no --transform for {name}, got {transform}")
-    return kind(modes=chosen, **channels, **settings)
+    for key in UNUSED.get(name, ()):
+        if key in settings:
+            raise InputError(f"expected no --{key} for {name}, got {settings[key]}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"expected --dtype float32 or bfloat16, got {dtype!r}")
+    kind, sizes = KINDS[name], fields.sizes
+    settings |= {"in_channels": fields.inputs.shape[-1], "out_channels": fields.targets.shape[-1], "dtype": dtype}
+    settings["modes"] = _modes(kind, settings.get("modes", "auto"), fields, settings.get("transform", "dct"))
+    if issubclass(kind, T1Config | FNOConfig):
+        settings["sizes"] = sizes
+    if kind is T1Config and "init" not in settings:
+        # what a stack wants whose modes are cut once
+        settings |= {"init": "vp", "first_layer_init_only": True}
+    return kind(**settings)
+
+
+def _modes(kind: type[OperatorConfig], said: str, fields: Fields, transform: str) -> tuple[int, ...]:
+    """Of each axis, as many as `said`; "auto": as the data needs and the transform has."""
+    sizes = fields.sizes
+    if kind is UNetConfig:
+        return (1,) * len(sizes)  # only how many axes there are counts
+    if said != "auto":
+        chosen = _numbers(said, "--modes")
+        if len(chosen) not in (1, len(sizes)):
+            raise InputError(f"expected --modes of 1 or {len(sizes)} numbers for the grid {sizes}, got {said!r}")
+        return chosen * len(sizes) if len(chosen) == 1 else chosen
+    # the rule of thumb: a third of the error that a model may be expected to reach, here 5 %
+    chosen = modes.select_modes(fields.targets[:200], 0.017)
+    if issubclass(kind, T1Config) and transform != "dft":
+        return chosen
+    limits = (*(n // 2 for n in sizes[:-1]), sizes[-1] // 2 + 1)
+    return tuple(min(m, limit) for m, limit in zip(chosen, limits, strict=True))
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    """What the training's frames were: order, context and step; of a model that `train` did not write, none is
+    known."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {"order": 0, "context": 1, "step": 1, "known": False}
+    try:
+        found = json.loads(path.read_text())
+        for name, least in (("order", 0), ("context", 1), ("step", 1)):
+            check_count(name, found[name], least)
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"expected order, context and step in {str(path)!r}: {error}") from None
+    return {**found, "known": True}
+
+
+def _errors(found: np.ndarray, truth: np.ndarray) -> list[float]:
+    """The mean over trajectories of each of `STEP_ERRORS` at one step; NaN of frames that have none."""
+    with np.errstate(all="ignore"):
+        # relative to nothing: a frame that is 0 everywhere
+        empty = not truth.reshape(len(truth), -1).any(1).all()
+        each = (
+            np.nan if empty and name == "relative_l2" else getattr(metrics, name)(found, truth).mean()
+            for name in STEP_ERRORS
+        )
+        return [float(value) for value in each]
+
+
+def _figure(value: Any) -> float | None:
+    """Five digits; None where there is no finite number, which JSON has no word for."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 def _floor(config: OperatorConfig, targets: np.ndarray) -> dict[str, float]:
@@ -347,9 +450,10 @@ def _floor(config: OperatorConfig, targets: np.ndarray) -> dict[str, float]:
     return {"irreducible": round(float(modes.irreducible_error(targets, config.axes_modes).mean()), 5)}
 
 
-def _beside(run: Run, folder: Path) -> Path:
+def _beside(run: Run, called: Called, folder: Path) -> Path:
     """Beside the model, where no --out was given."""
-    return folder if run.out == Path("isotone-results") / "transform-once" else run.out
+    source = called.get_parameter_source("out")
+    return folder if source is None or source.name.startswith("DEFAULT") else run.out
 
 
 def _write(path: Path, text: str) -> None:

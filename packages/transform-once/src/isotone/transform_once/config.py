@@ -93,6 +93,8 @@ class T1Config(OperatorConfig):
             if len(self.sizes) != self.dims:
                 raise InputError(f"expected {self.dims} sizes, got {self.sizes}")
             transforms.Transform(self.transform, tuple(n + self.padding for n in self.sizes), self.axes_modes)
+        if self.transform == "dft" and self.dtype == "bfloat16":
+            raise InputError("expected dtype float32 with transform dft, whose layers are complex, got bfloat16")
         if self.keep_high and self.transform == "dft":
             raise InputError("expected transform dct with keep_high, got dft")
 
@@ -139,6 +141,9 @@ class FNOConfig(OperatorConfig):
         super().__post_init__()
         if self.sizes is not None:
             object.__setattr__(self, "sizes", tuple(self.sizes))
+            assert self.sizes is not None
+            if len(self.sizes) != self.dims:
+                raise InputError(f"expected {self.dims} sizes, got {self.sizes}")
         if self.fft not in ("fft", "matmul"):
             raise InputError(f"expected fft to be fft or matmul, got {self.fft!r}")
 
@@ -173,7 +178,7 @@ def from_dict(state: dict[str, Any]) -> OperatorConfig:
     """The inverse of `to_dict`. Raises `InputError` on an unknown kind or field."""
     values = dict(state)
     kind = values.pop("kind", None)
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise InputError(f"expected a config of {', '.join(CONFIGS)}, got {kind!r}")
     known = {field.name for field in dataclasses.fields(CONFIGS[kind])}
     if unknown := sorted(set(values) - known):
@@ -181,4 +186,7 @@ def from_dict(state: dict[str, Any]) -> OperatorConfig:
     for name in ("modes", "sizes"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    return CONFIGS[kind](**values)
+    try:
+        return CONFIGS[kind](**values)
+    except TypeError as error:
+        raise InputError(f"expected fields of {kind} of their own types: {error}") from None

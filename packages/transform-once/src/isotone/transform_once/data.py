@@ -1,15 +1,14 @@
 """The user's fields from files, and ours from the solvers: inputs and targets on one grid, channels last.
 
-Read: .npz (`inputs` and `targets`, or `x` and `y`, with or without a channel axis); HDF5 in PDEBench's layouts
-(`tensor` (n, t, N1, ..), or a group a sample with `data` (t, N1, .., C)) and MATLAB 7.3 files of the FNO authors (`a`,
-`u`); torch files of a dict of tensors `x` and `y`, through torch's restricted reader, which never unpickles code.
+What a file holds is read in `readers`; here its shapes are judged. An array may come with or without a channel axis:
+its shape tells, or `channels` does, and what could be either is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,20 @@ import numpy as np
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.data import sha256
 from isotone.shared.errors import InputError, check_count
+from isotone.transform_once.readers import Content, read
 from isotone.transform_once.solvers import joukowski, navier_stokes, plume
 from isotone.transform_once.solvers.plume import PlumeConfig
 
 PROBLEMS = ("navier-stokes", "joukowski", "plume")
-_PAIRS = (("inputs", "targets"), ("x", "y"), ("a", "u"))
+ORDERS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Fields:
     """`inputs` (samples, N1, .., Nd, C), `targets` of the same grid; `frames`: how many frames the inputs' channels
-    are, oldest first (a rollout's context); `name` and `sha256` of where they came from."""
+    are, oldest first (a rollout's context); `name` and `sha256` of where they came from; `trajectory`: of each sample
+    the number of the trajectory that it is a window of, in the order of time; `step`: frames from the last of the
+    inputs' to the target."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -38,6 +40,8 @@ class Fields:
     sha256: str = ""
     frames: int = 1
     about: dict[str, Any] = field(default_factory=dict)
+    trajectory: np.ndarray | None = None
+    step: int = 1
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -50,17 +54,26 @@ class Fields:
     def split(self, test: int | float, seed: int | None = None) -> tuple[Fields, Fields]:
         """Training and test samples: the last `test` of them, a number or a share; with a seed, of a random order.
 
-        Raises `InputError` where one side would be empty.
+        Windows of trajectories are cut by trajectory, of which `test` is then a number or a share: no trajectory is on
+        both sides. Raises `InputError` where one side would be empty.
         """
-        count = round(test * len(self)) if isinstance(test, float) else test
-        if not 0 < count < len(self):
-            raise InputError(f"expected a test split of 1 to {len(self) - 1} samples, got {test}")
-        order = np.arange(len(self)) if seed is None else np.random.default_rng(seed).permutation(len(self))
-        return self.take(order[:-count]), self.take(order[-count:])
+        groups = np.arange(len(self)) if self.trajectory is None else self.trajectory
+        whole = np.unique(groups)
+        what = "samples" if self.trajectory is None else "trajectories"
+        share = isinstance(test, float)
+        count = max(1, round(test * len(whole))) if share and 0 < test < 1 else 0 if share else test
+        if not 0 < count < len(whole):
+            raise InputError(f"expected a test split that leaves both sides some of {len(whole)} {what}, got {test}")
+        order = whole if seed is None else np.random.default_rng(seed).permutation(whole)
+        if self.trajectory is None:
+            return self.take(order[:-count]), self.take(order[-count:])
+        tested = np.isin(groups, order[-count:])
+        return self.take(np.flatnonzero(~tested)), self.take(np.flatnonzero(tested))
 
     def take(self, rows: np.ndarray | slice) -> Fields:
         """Some samples."""
-        return Fields(self.inputs[rows], self.targets[rows], self.name, self.sha256, self.frames, self.about)
+        numbers = None if self.trajectory is None else self.trajectory[rows]
+        return dataclasses.replace(self, inputs=self.inputs[rows], targets=self.targets[rows], trajectory=numbers)
 
     def coarser(self, size: int) -> Fields:
         """Every so many-th point of each axis, to `size` points a side. Raises `InputError` where that does not
@@ -68,136 +81,196 @@ class Fields:
         if any(n % size for n in self.sizes):
             raise InputError(f"expected a size that divides the grid {self.sizes}, got {size}")
         rows = (slice(None), *(slice(None, None, n // size) for n in self.sizes))
-        return Fields(self.inputs[rows], self.targets[rows], self.name, self.sha256, self.frames, self.about)
+        return dataclasses.replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
+
+    def base(self, order: int) -> np.ndarray:
+        """What a model of increments is added to: 0, the last frame x_t, or 2 x_t - x_{t-1} (section 2.8).
+
+        Raises `InputError` where the inputs are not frames of the targets' channels, and for order 2 of one frame or of
+        a step of several.
+        """
+        if order not in ORDERS:
+            raise InputError(f"expected order 0, 1 or 2, got {order!r}")
+        if order == 0:
+            return np.zeros_like(self.targets)
+        channels, given = self.targets.shape[-1], self.inputs.shape[-1]
+        if given % channels or given < order * channels:
+            raise InputError(f"expected {order} or more frames of {channels} channels for order {order}, got {given}")
+        if order == 2 and self.step > 1:
+            raise InputError(f"expected a step of 1 for order 2, got {self.step}")
+        last = self.inputs[..., -channels:]
+        return last if order == 1 else 2 * last - self.inputs[..., -2 * channels : given - channels]
+
+    def increments(self, order: int) -> Fields:
+        """The same samples with what `order` adds as their targets. Raises `InputError` as `base`."""
+        return self if order == 0 else dataclasses.replace(self, targets=self.targets - self.base(order))
+
+    def following(self, start: int, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The rows `start` windows into each trajectory, and the frames that follow them, `step` apart: (B, T, N1, ..,
+        C), T at most `steps` and what the trajectories have. None where the samples are no windows one after another.
+
+        Raises `InputError` where a trajectory has no window there.
+        """
+        if self.trajectory is None:
+            return None
+        courses = [np.flatnonzero(self.trajectory == number) for number in np.unique(self.trajectory)]
+        channels = self.targets.shape[-1]
+        for rows in courses:
+            before, after = rows[: -self.step], rows[self.step :]
+            if not np.array_equal(self.targets[before], self.inputs[after][..., -channels:]):
+                return None
+        shortest = min(len(rows) for rows in courses)
+        if not 0 <= start < shortest:
+            raise InputError(f"expected a start of 0 to {shortest - 1} windows into each trajectory, got {start}")
+        later = range(start, min(shortest, start + steps * self.step), self.step)
+        truth = np.stack([self.targets[[rows[place] for rows in courses]] for place in later], 1)
+        return np.array([rows[start] for rows in courses]), truth
 
     def save(self, path: str | Path) -> None:
         """An .npz that `load` reads, whole before it is there."""
-        import io
-
         buffer = io.BytesIO()
-        about = json.dumps({"context": self.frames, **self.about})
-        np.savez_compressed(buffer, inputs=self.inputs, targets=self.targets, about=np.array(about))
+        about = {**self.about, "context": self.frames, "step": self.step, "channels": True}
+        arrays = {"inputs": self.inputs, "targets": self.targets, "about": np.array(json.dumps(about))}
+        if self.trajectory is not None:
+            arrays["trajectory"] = self.trajectory
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(path), buffer.getvalue())
 
 
-def load(path: str | Path, context: int = 1, step: int = 1) -> Fields:
+def load(
+    path: str | Path,
+    context: int | None = None,
+    step: int | None = None,
+    channels: bool | None = None,
+    windows: tuple[int, int] = (1, 1),
+) -> Fields:
     """Fields of a file by its suffix: .npz; .h5, .hdf5, .mat (extra `hdf5`); .pt, .pth (extra `torch`).
 
     Of a file of trajectories (n, t, N1, .., C) the pairs are windows: `context` frames as channels, and the frame
-    `step` after the last of them. Raises `InputError` on a missing, torn or foreign file, shapes that are no fields,
-    NaN, and a file of trajectories shorter than the window.
+    `step` after the last of them, those of `windows` where not given. `channels`: whether the arrays' last axis is one
+    of channels, where their shapes leave that open. Raises `InputError` on a missing, torn or foreign file, shapes that
+    are no fields or could be two things, NaN, a file of trajectories shorter than the window, and `context` or `step`
+    for a file of pairs.
     """
     path = Path(path)
-    check_count("context", context)
-    check_count("step", step)
-    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {".npz": _npz, ".pt": _torch, ".pth": _torch}
-    readers |= dict.fromkeys((".h5", ".hdf5", ".mat"), _hdf5)
-    if path.suffix not in readers:
-        raise InputError(f"expected a file of {', '.join(readers)}, got {str(path)!r}")
-    if not path.is_file():
-        raise InputError(f"expected fields in {str(path)!r}, found no file")
-    arrays = readers[path.suffix](path)
-    about: dict[str, Any] = {}
-    if "about" in arrays:
-        about = dict(json.loads(str(arrays.pop("about"))))
-    if "trajectories" in arrays:
-        return _windows(arrays["trajectories"], context, step, path)
-    for first, second in _PAIRS:
-        if first in arrays and second in arrays:
-            return _fields(arrays[first], arrays[second], path, int(about.pop("context", 1)), about)
-    found = ", ".join(sorted(arrays)) or "nothing"
-    raise InputError(f"expected arrays inputs and targets (or x and y) in {str(path)!r}, found {found}")
+    for name, value in (("context", context), ("step", step)):
+        if value is not None:
+            check_count(name, value)
+    content = read(path)
+    if None not in (channels, content.channels) and channels != content.channels:
+        wanted, given = ("--channels", "--no-channels") if content.channels else ("--no-channels", "--channels")
+        raise InputError(f"expected {wanted} for the arrays of {str(path)!r}, got {given}")
+    channels = content.channels if channels is None else channels
+    if content.frames is not None:
+        frames = _trajectories(content.frames, channels, path)
+        found = _windows(frames, context or windows[0], step or windows[1], path.name)
+        return dataclasses.replace(found, sha256=sha256(path))
+    for name, value in (("context", context), ("step", step)):
+        if value is not None:
+            raise InputError(f"expected no --{name} for {str(path)!r}, which holds pairs, got {value}")
+    return _fields(content, channels, path)
 
 
-def _fields(inputs: np.ndarray, targets: np.ndarray, path: Path, frames: int, about: dict[str, Any]) -> Fields:
+def _fields(content: Content, channels: bool | None, path: Path) -> Fields:
     """Checked, float32, with a channel axis; targets of trajectories by their last frame."""
-    if inputs.ndim < 2 or not len(inputs):
-        raise InputError(f"expected fields (samples, N1, .., channels) in {str(path)!r}, got shape {inputs.shape}")
+    assert content.inputs is not None and content.targets is not None
+    inputs, targets = _checked("inputs", content.inputs, path), _checked("targets", content.targets, path)
+    own, its, framed = _reading(inputs.shape, targets.shape, channels, path)
     # Burgers files hold all frames of the target: the last is what the operator gives
-    if targets.ndim == inputs.ndim + 1 and targets.shape[2:] == inputs.shape[1:]:
-        targets = targets[:, -1]
-    if targets.shape == inputs.shape and not _has_channels(inputs):
-        inputs, targets = inputs[..., None], targets[..., None]
-    if inputs.shape[:-1] != targets.shape[:-1]:
-        raise InputError(f"expected one grid in {str(path)!r}, got {inputs.shape} and {targets.shape}")
-    inputs, targets = _finite("inputs", inputs, path), _finite("targets", targets, path)
-    return Fields(inputs, targets, path.name, sha256(path), frames, about)
+    targets = targets[:, -1] if framed else targets
+    inputs, targets = inputs if own else inputs[..., None], targets if its else targets[..., None]
+    about = dict(content.about)
+    frames, step = about.pop("context", 1), about.pop("step", 1)
+    for name, value in (("context", frames), ("step", step)):
+        check_count(f"{name} in about of {str(path)!r}", value)
+    if inputs.shape[-1] % frames:
+        raise InputError(f"expected {frames} frames in {str(path)!r}, got {inputs.shape[-1]} channels")
+    numbers = content.trajectory
+    if numbers is not None and (numbers.shape != (len(inputs),) or not np.issubdtype(numbers.dtype, np.integer)):
+        raise InputError(f"expected trajectory in {str(path)!r} as a whole number a sample, got {numbers.shape}")
+    return Fields(inputs, targets, path.name, sha256(path), frames, about, numbers, step)
 
 
-def _finite(name: str, array: np.ndarray, path: Path) -> np.ndarray:
-    """float32, of floats (or masks) that are finite."""
+def _checked(name: str, array: np.ndarray, path: Path) -> np.ndarray:
+    """float32, of floats (or masks) that are finite, and some of them."""
     if not (np.issubdtype(array.dtype, np.floating) or array.dtype == bool):
         raise InputError(f"expected real floating-point {name} in {str(path)!r}, got {array.dtype}")
-    array = array.astype(np.float32)
+    if array.ndim < 2 or not array.size:
+        raise InputError(f"expected {name} (samples, N1, .., channels) in {str(path)!r}, got shape {array.shape}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"expected finite {name} in {str(path)!r}, got NaN or infinity")
     return array
 
 
-def _has_channels(array: np.ndarray) -> bool:
-    """A last axis that is much shorter than the grid's is one of channels."""
-    return array.ndim > 2 and array.shape[-1] <= 8 and 2 * array.shape[-1] <= min(array.shape[1:-1])
+def _reading(
+    inputs: tuple[int, ...], targets: tuple[int, ...], channels: bool | None, path: Path
+) -> tuple[bool, bool, bool]:
+    """Whether the inputs and the targets have a channel axis, and whether the targets are all frames (n, t, N1, ..).
+
+    Of the readings in which both lie on one grid of 1 to 3 axes: those that `channels` leaves; without it not those
+    with an axis of one point, or with as many channels as the axis before has points (16 x 16 is a grid), where there
+    is another. Raises `InputError` where none is left, or several are.
+    """
+    ways = []
+    for own, its, framed in ((a, b, f) for a in (True, False) for b in (True, False) for f in (False, True)):
+        grid = inputs[1 : len(inputs) - own]
+        same = inputs[0] == targets[0] and grid == targets[1 + framed : len(targets) - its]
+        if same and 1 <= len(grid) <= 3 and (own == its or not framed):
+            ways.append((own, its, framed))
+    said = f"{inputs} and {targets}"
+    if not ways:
+        raise InputError(f"expected inputs and targets on one grid of 1 to 3 axes in {str(path)!r}, got {said}")
+    if channels is not None:
+        ways = [way for way in ways if channels == (way[0] or way[1])]
+        if not ways:
+            flag = "--channels" if channels else "--no-channels"
+            raise InputError(f"expected shapes that {flag} fits in {str(path)!r}, got {said}")
+        # of what an explicit word leaves: pairs before all frames, a channel axis in both before one in either
+        return min(ways, key=lambda way: (way[2], not (way[0] and way[1])))
+    for odd in (
+        lambda own, its, framed: 1 in inputs[1 : len(inputs) - own],
+        lambda own, its, framed: any(_square(shape) for shape, has in ((inputs, own), (targets, its)) if has),
+    ):
+        ways = [way for way in ways if not odd(*way)] or ways
+    if len(ways) > 1:
+        said = f"whose last axis may be either: {said}"
+        raise InputError(f"expected --channels or --no-channels for {str(path)!r}, {said}")
+    return ways[0]
 
 
-def _windows(frames: np.ndarray, context: int, step: int, path: Path, hashed: bool = True) -> Fields:
-    if not np.isfinite(frames).all():
-        raise InputError(f"expected finite trajectories in {str(path)!r}, got NaN or infinity")
-    times = frames.shape[1]
+def _square(shape: tuple[int, ...]) -> bool:
+    return shape[-1] == shape[-2]
+
+
+def _trajectories(frames: np.ndarray, channels: bool | None, path: Path) -> np.ndarray:
+    """Checked frames (n, t, N1, .., Nd, C), float32."""
+    frames = _checked("trajectories", frames, path)
+    shape = frames.shape
+    fitting = [has for has in (True, False) if 4 <= len(shape) + (not has) <= 6]
+    if channels is not None:
+        fitting = [has for has in fitting if has == channels]
+    if not fitting:
+        raise InputError(f"expected trajectories (n, t, N1, .., channels) in {str(path)!r}, got shape {shape}")
+    if len(fitting) > 1 and shape[-1] != 1 and not _square(shape):
+        said = "whose last axis may be either"
+        raise InputError(f"expected --channels or --no-channels for {str(path)!r}, {said}: {shape}")
+    has = fitting[0] if len(fitting) == 1 else shape[-1] == 1
+    return frames if has else frames[..., None]
+
+
+def _windows(frames: np.ndarray, context: int, step: int, name: str) -> Fields:
+    """Windows of frames (n, t, N1, .., C): sample s of trajectory p is row s * n + p."""
+    count, times = frames.shape[:2]
     if times < context + step:
-        raise InputError(f"expected {context + step} frames or more in {str(path)!r}, got {times}")
+        raise InputError(f"expected {context + step} frames or more in {name!r}, got {times}")
     starts = range(times - context - step + 1)
     inputs = np.concatenate([np.concatenate([frames[:, s + c] for c in range(context)], -1) for s in starts])
     targets = np.concatenate([frames[:, s + context + step - 1] for s in starts])
-    digest = sha256(path) if hashed else ""
-    return Fields(inputs.astype(np.float32), targets.astype(np.float32), path.name, digest, context)
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, TypeError) as error:
-        raise InputError(f"expected a whole .npz in {str(path)!r}: {error}") from None
-
-
-def _hdf5(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import h5py
-    except ImportError:
-        raise InputError("expected h5py for HDF5 files (extra hdf5), it is not installed") from None
-    try:
-        with h5py.File(path, "r") as file:
-            if "tensor" in file:
-                tensor = np.asarray(file["tensor"])
-                if "nu" in file and file["nu"].ndim >= 2:  # PDEBench's Darcy: coefficient to solution
-                    return {"x": np.asarray(file["nu"])[..., None], "y": tensor[:, 0][..., None]}
-                return {"trajectories": tensor[..., None]}
-            if {"a", "u"} <= set(file):  # MATLAB keeps the axes in reverse
-                a, u = (np.asarray(file[name]) for name in ("a", "u"))
-                a, u = np.moveaxis(a, -1, 0).swapaxes(1, 2), np.moveaxis(u, -1, 0).swapaxes(2, 3)
-                return {"x": a[..., None], "y": u[:, -1][..., None]}
-            groups = [name for name in sorted(file) if isinstance(file[name], h5py.Group) and "data" in file[name]]
-            if groups:
-                return {"trajectories": np.stack([np.asarray(file[name]["data"]) for name in groups])}
-            return {name: np.asarray(file[name]) for name in file if isinstance(file[name], h5py.Dataset)}
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a whole HDF5 file in {str(path)!r}: {error}") from None
-
-
-def _torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise InputError("expected torch for .pt files (extra torch), it is not installed") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader meets in a file that is torn or holds more than tensors
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"expected a torch file of tensors alone in {str(path)!r}: {text}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"expected a dict of tensors in {str(path)!r}, got {type(content).__name__}")
-    return {str(name): value.numpy() for name, value in content.items() if isinstance(value, torch.Tensor)}
+    numbers = np.tile(np.arange(count), len(starts))
+    return Fields(inputs, targets, name, frames=context, trajectory=numbers, step=step)
 
 
 def generate(problem: str, samples: int, size: int, seed: int = 0, **settings: Any) -> Fields:
@@ -214,8 +287,9 @@ def generate(problem: str, samples: int, size: int, seed: int = 0, **settings: A
     if problem == "plume":
         frames = settings.pop("frames", 60)
         found = plume(seed, samples, frames, PlumeConfig(2 * size, size, **settings))
-        made = _windows(found, 2, 1, Path("plume"), hashed=False)
-        return _made(made.inputs, made.targets, problem, samples, size, seed, {"frames": frames, **settings}, 2)
+        made = _windows(np.asarray(found, np.float32), 2, 1, "plume")
+        fields = _made(made.inputs, made.targets, problem, samples, size, seed, {"frames": frames, **settings})
+        return dataclasses.replace(fields, frames=2, trajectory=made.trajectory)
     raise InputError(f"expected a problem of {', '.join(PROBLEMS)}, got {problem!r}")
 
 
@@ -227,8 +301,7 @@ def _made(
     size: int,
     seed: int,
     settings: dict[str, Any],
-    frames: int = 1,
 ) -> Fields:
     about = {"problem": problem, "samples": samples, "size": size, "seed": seed, **settings}
     digest = sha256(inputs.tobytes() + targets.tobytes())
-    return Fields(inputs.astype(np.float32), targets.astype(np.float32), problem, digest, frames, about)
+    return Fields(inputs.astype(np.float32), targets.astype(np.float32), problem, digest, about=about)

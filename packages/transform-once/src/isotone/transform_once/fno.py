@@ -21,7 +21,7 @@ from isotone.transform_once.config import FFNOConfig, FNOConfig
 from isotone.transform_once.initializers import mixing_scale
 from isotone.transform_once.layers import Dense, Weight, activation
 from isotone.transform_once.operator import Operator
-from isotone.transform_once.transforms import Transform
+from isotone.transform_once.transforms import Transform, check_modes
 
 
 class SpectralConv(nnx.Module):
@@ -104,7 +104,7 @@ class FNO(Operator):
     config: FNOConfig
 
     def __init__(self, config: FNOConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or FNOConfig()
+        self._begin(config := config or FNOConfig())
         rngs = rngs or nnx.Rngs(0)
         sizes = config.sizes or (64,) * config.dims
         width = config.width
@@ -125,7 +125,7 @@ class FNO(Operator):
         self.project = Dense(width, config.head_width, rngs=rngs)
         self.out = Dense(config.head_width, config.out_channels, rngs=rngs)
 
-    def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+    def apply(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         config = self.config
         act = activation(config.activation)
         z = self.lift(self.with_coordinates(fields).astype(config.dtype))
@@ -145,7 +145,7 @@ class FFNO(Operator):
     config: FFNOConfig
 
     def __init__(self, config: FFNOConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or FFNOConfig()
+        self._begin(config := config or FFNOConfig())
         rngs = rngs or nnx.Rngs(0)
         width = config.width
         self.lift = Dense(config.in_channels + config.dims, width, rngs=rngs)
@@ -165,7 +165,7 @@ class FFNO(Operator):
         self.project = Dense(width, config.head_width, rngs=rngs)
         self.out = Dense(config.head_width, config.out_channels, rngs=rngs)
 
-    def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+    def apply(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         act = activation(self.config.activation)
         z = self.lift(self.with_coordinates(fields).astype(self.config.dtype))
         b = z
@@ -178,6 +178,7 @@ class FFNO(Operator):
 
 def _one_axis(z: Array, weight: Weight, axis: int) -> Array:
     size = z.shape[axis]
+    check_modes((len(weight.value[...]),), (size // 2 + 1,))
     wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     spectrum = jnp.fft.rfft(wide, axis=axis, norm="ortho")
     matrix = weight(wide.dtype)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from isotone.shared.errors import InputError
@@ -48,5 +50,25 @@ def mixing_scale(init: str, fan_in: int, fan_out: int, n_total: int, m_total: in
 
 
 def normal(key: Array, shape: Sequence[int], deviation: float) -> Array:
-    """Normal numbers of that deviation, float32."""
-    return deviation * jax.random.normal(key, tuple(shape))
+    """Normal numbers of that deviation, float32.
+
+    Drawn on the host from the key's bits: JAX would compile a generator for every shape, which takes longer than the
+    training of a small model. While a program is being traced they are `jax.random`'s, other numbers."""
+    rng = _generator(key)
+    if rng is None:
+        return deviation * jax.random.normal(key, tuple(shape))
+    return jnp.asarray(rng.standard_normal(tuple(shape), np.float32) * np.float32(deviation))
+
+
+def uniform(key: Array, shape: Sequence[int], limit: float) -> Array:
+    """Uniform numbers of [-limit, limit), float32, drawn as `normal`'s."""
+    rng = _generator(key)
+    if rng is None:
+        return jax.random.uniform(key, tuple(shape), minval=-limit, maxval=limit)
+    return jnp.asarray((2 * rng.random(tuple(shape), np.float32) - 1) * np.float32(limit))
+
+
+def _generator(key: Array) -> np.random.Generator | None:
+    if isinstance(key, jax.core.Tracer):
+        return None
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

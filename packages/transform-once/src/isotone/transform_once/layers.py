@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Inexact
 
 from isotone.shared.errors import InputError
-from isotone.transform_once.initializers import mixing_scale, normal
+from isotone.transform_once.initializers import mixing_scale, normal, uniform
 from isotone.transform_once.transforms import unpack
 
 
@@ -73,7 +73,9 @@ class T1Layer(nnx.Module):
         if residual and in_width != out_width:
             raise InputError(f"expected equal widths with residual, got {in_width} and {out_width}")
         m_total = math.prod(block)
-        deviation = mixing_scale(init, in_width, out_width, n_total, min(m_total, n_total), complex_weights)
+        # each mode of the real FFT that is kept stands for two
+        stands = min(2 * m_total if complex_weights else m_total, n_total)
+        deviation = mixing_scale(init, in_width, out_width, n_total, stands, complex_weights)
         self.residual, self.act = residual, act
         self.mixing = Weight((m_total, in_width, out_width), deviation, complex_weights, rngs)
         # frequency mixing is always the Kaiming form with fan-in m
@@ -110,13 +112,11 @@ class Dense(nnx.Module):
     ) -> None:
         limit = 1 / math.sqrt(inputs)
         if deviation is None:
-            kernel = jax.random.uniform(rngs.params(), (inputs, outputs), minval=-limit, maxval=limit)
+            kernel = uniform(rngs.params(), (inputs, outputs), limit)
         else:
             kernel = normal(rngs.params(), (inputs, outputs), deviation)
         self.kernel = nnx.Param(kernel)
-        self.bias = (
-            nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-limit, maxval=limit)) if bias else None
-        )
+        self.bias = nnx.Param(uniform(rngs.params(), (outputs,), limit)) if bias else None
 
     def __call__(self, x: Inexact[Array, "... inputs"]) -> Inexact[Array, "... outputs"]:
         y = x @ self.kernel[...].astype(x.dtype)

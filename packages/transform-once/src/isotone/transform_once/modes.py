@@ -22,7 +22,7 @@ def irreducible_error(fields: np.ndarray, modes: int | tuple[int, ...]) -> np.nd
     """
     whole = spectra(fields)
     sizes = whole.shape[1:-1]
-    kept = check_modes((modes,) * len(sizes) if isinstance(modes, int) else modes, sizes)
+    kept = check_modes((modes,) * len(sizes) if isinstance(modes, (int, np.integer)) else modes, sizes)
     outside = whole.copy()
     outside[(slice(None), *(slice(0, m) for m in kept))] = 0
     norms = (whole**2).reshape(len(whole), -1).sum(1)

@@ -24,19 +24,52 @@ from isotone.shared.errors import InputError, check_count
 from isotone.transform_once.config import OperatorConfig, from_dict
 
 
-class Scale(nnx.Variable):
-    """A number that data set, not training: never given to an optimizer."""
+class Unit(nnx.Variable):
+    """Shift and scale of channels: set by data, never by an optimizer."""
 
 
 class Operator(nnx.Module):
     """Base of T1, T1U, MLP, FNO, FFNO and UNet."""
 
     config: OperatorConfig
-    frequency_domain = False
+
+    def _begin(self, config: OperatorConfig) -> None:
+        """Shifts 0 and scales 1 of the channels: the model sees fields as they are."""
+        self.config = config
+        self.in_shift, self.in_scale = Unit(jnp.zeros(config.in_channels)), Unit(jnp.ones(config.in_channels))
+        self.out_shift, self.out_scale = Unit(jnp.zeros(config.out_channels)), Unit(jnp.ones(config.out_channels))
 
     def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         """Fields to fields, on any grid that holds the modes."""
+        self.check_fields(fields)
+        return self.restored(self.apply(self.standardized(fields)))
+
+    def apply(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+        """The network: standardised fields in and out."""
         raise NotImplementedError
+
+    def set_units(self, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Standardise from now on: each channel of inputs and targets by its mean and deviation in these fields.
+
+        T1's sine of large coefficients saturates (section 2.6), so that data in other units than about 1 need it. A
+        channel that is constant keeps its scale.
+        """
+        for shift, scale, fields in (
+            (self.in_shift, self.in_scale, inputs),
+            (self.out_shift, self.out_scale, targets),
+        ):
+            flat = np.asarray(fields, np.float64).reshape(-1, np.shape(fields)[-1])
+            deviation = flat.std(0)
+            shift[...] = jnp.asarray(flat.mean(0), jnp.float32)
+            scale[...] = jnp.asarray(np.where(deviation > 0, deviation, 1.0), jnp.float32)
+
+    def standardized(self, fields: Array) -> Array:
+        """Inputs as the network sees them."""
+        return (fields - self.in_shift[...].astype(fields.dtype)) / self.in_scale[...].astype(fields.dtype)
+
+    def restored(self, fields: Array) -> Array:
+        """The network's fields in the targets' units."""
+        return fields * self.out_scale[...].astype(fields.dtype) + self.out_shift[...].astype(fields.dtype)
 
     def check_fields(self, fields: Any, what: str = "inputs", channels: int | None = None) -> None:
         """Raises `InputError` on anything but floating fields (B, N1, .., Nd, C) with the right d and C."""
@@ -52,7 +85,6 @@ class Operator(nnx.Module):
         """The fields with d coordinate channels behind them."""
         from isotone.transform_once.t1 import coordinates
 
-        self.check_fields(fields)
         channels = jnp.asarray(coordinates(fields.shape[1:-1], self.config.grid), fields.dtype)
         return jnp.concatenate([fields, jnp.broadcast_to(channels, (fields.shape[0], *channels.shape))], -1)
 
@@ -116,7 +148,10 @@ class Operator(nnx.Module):
             raise InputError(f"expected a whole model in {str(folder)!r}: {error}") from None
         if not isinstance(config, dict):
             raise InputError(f"expected an object in config.json of {str(folder)!r}, got {type(config).__name__}")
-        model = make_model(from_dict(config))
+        try:
+            model = make_model(from_dict(config))
+        except InputError as error:
+            raise InputError(f"{error}, in config.json of {str(folder)!r}") from None
         set_flat_state(model, arrays)
         return model
 
@@ -141,7 +176,6 @@ def set_flat_state(model: nnx.Module, arrays: dict[str, Any]) -> None:
         if leaf[...].shape != arrays[name].shape:
             raise InputError(f"expected {name} of shape {leaf[...].shape}, got {arrays[name].shape}")
         leaf[...] = jnp.asarray(arrays[name])
-    nnx.update(model, nnx.from_flat_state([(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))]))
 
 
 def check_finite(what: str, values: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isotone.shared.errors import InputError
-from isotone.transform_once.training import TrainConfig
+from isotone.transform_once.training import TrainConfig, timed_epochs
 
 
 def available() -> bool:
@@ -22,7 +22,8 @@ def available() -> bool:
 class NeuralopTrainer:
     """Its FNO under `Trainer`'s methods: the same batches a step, AdamW, schedule and relative L2.
 
-    `modes` as ours (its own n_modes counts both signs). Raises `InputError` where it is not installed.
+    `modes` as ours: its own n_modes counts both signs, and of the last axis 2 m - 1 keeps m. Raises `InputError` where
+    it is not installed.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class NeuralopTrainer:
         torch.manual_seed(seed)
         self.torch, self.config, self.device = torch, config, device
         self.model = FNO(
-            n_modes=tuple(2 * m for m in modes),
+            n_modes=(*(2 * m for m in modes[:-1]), 2 * modes[-1] - 1),
             hidden_channels=width,
             n_layers=depth,
             in_channels=inputs.shape[-1],
@@ -94,20 +95,16 @@ class NeuralopTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    def seconds_per_epoch(self, epochs: int = 2) -> float:
-        """The median of some epochs, undone afterwards."""
+    def seconds_per_epoch(self, seconds: float = 0.3) -> float:
+        """As `Trainer`'s, undone afterwards."""
         kept = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.generator.get_state()))
-        epoch, times = self.epoch, []
-        for _ in range(epochs):
-            start = time.perf_counter()
-            self.run(1)
-            self._wait()
-            times.append(time.perf_counter() - start)
+        epoch = self.epoch
+        found = timed_epochs(self.run, seconds)
         self.model.load_state_dict(kept[0])
         self.optimizer.load_state_dict(kept[1])
         self.generator.set_state(kept[2])
         self.epoch = epoch
-        return float(np.median(times))
+        return found
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Fields, channels last."""
@@ -118,7 +115,3 @@ class NeuralopTrainer:
             for part in torch.from_numpy(np.ascontiguousarray(np.moveaxis(inputs, -1, 1))).split(64):
                 found.append(self.model(part.to(self.device)).cpu().numpy())
         return np.moveaxis(np.concatenate(found), 1, -1)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":  # pragma: no cover - no GPU in the tests
-            self.torch.cuda.synchronize()

@@ -45,25 +45,35 @@ def step_times(rows: Sequence[Sequence[Any]], title: str = "Time of a training s
 
 
 def fields(inputs: np.ndarray, targets: np.ndarray, predictions: Mapping[str, np.ndarray], channel: int = 0) -> Any:
-    """One sample (N1, N2, C): input, target, and for each model its field and its error on one scale."""
+    """One sample (N1, N2, C): input, target, and for each model its field and its error on one scale; of one axis
+    (N, C), lines; of three, the middle of the first."""
+    if targets.ndim == 2:
+        drawing, axes = figure("One test sample", "point", "field", size=(7.4, 4.4))
+        for name, line in {"input": inputs, "target": targets, **predictions}.items():
+            axes.plot(line[:, channel], label=name, linestyle="--" if name == "input" else "-")
+        axes.legend(fontsize=9)
+        return drawing
+    if targets.ndim == 4:
+        inputs, targets = inputs[len(inputs) // 2], targets[len(targets) // 2]
+        predictions = {name: field[len(field) // 2] for name, field in predictions.items()}
     columns = 2 + len(predictions)
     drawing, whole = figure("", "", "", size=(2.6 * columns, 5.4))
     drawing.delaxes(whole)
-    axes = drawing.subplots(2, columns, squeeze=False)
+    panels: Any = drawing.subplots(2, columns, squeeze=False)
     truth = targets[..., channel]
     low, high = float(truth.min()), float(truth.max())
     gaps = {name: np.abs(field[..., channel] - truth) for name, field in predictions.items()}
     most = max((float(gap.max()) for gap in gaps.values()), default=1.0)
-    _show(axes[0][0], inputs[..., 0], "input")
-    _show(axes[0][1], truth, "target", low, high)
+    _show(panels[0][0], inputs[..., 0], "input")
+    _show(panels[0][1], truth, "target", low, high)
     for column, (name, field) in enumerate(predictions.items(), 2):
-        image = _show(axes[0][column], field[..., channel], name, low, high)
-        error = _show(axes[1][column], gaps[name], f"|error|, mean {gaps[name].mean():.2g}", 0.0, most, "magma")
-    for axis in axes[1][:2]:
+        image = _show(panels[0][column], field[..., channel], name, low, high)
+        error = _show(panels[1][column], gaps[name], f"|error|, mean {gaps[name].mean():.2g}", 0.0, most, "magma")
+    for axis in panels[1][:2]:
         axis.axis("off")
     if predictions:
-        drawing.colorbar(image, ax=list(axes[0]), shrink=0.8)
-        drawing.colorbar(error, ax=list(axes[1]), shrink=0.8)
+        drawing.colorbar(image, ax=list(panels[0]), shrink=0.8)
+        drawing.colorbar(error, ax=list(panels[1]), shrink=0.8)
     return drawing
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from isotone.shared import device, progress
 from isotone.shared.claims import ArmLog, Measurement, Report
 from isotone.shared.cli import Run
+from isotone.shared.data import local
 from isotone.shared.errors import InputError
 from isotone.transform_once import claims, modes, peers, plots
 from isotone.transform_once.data import Fields, generate, load
@@ -32,7 +33,13 @@ from isotone.transform_once.speed import curve
 from isotone.transform_once.study import trained, tuned
 from isotone.transform_once.transforms import Transform
 
-VERSION = 1
+VERSION = 3
+FILES = {
+    "darcy": ("darcy_train_16.npz", "darcy_test_16.npz"),
+    "burgers": ("burgers_train_16.npz", "burgers_test_16.npz"),
+}
+FINER = {"darcy": "darcy_test_32.npz"}
+"""The test fields of a file on a finer grid: predicted by the same weights."""
 
 
 def reproduce(scale: str, run: Run, task: str | None = None) -> Report:
@@ -57,8 +64,7 @@ def reproduce(scale: str, run: Run, task: str | None = None) -> Report:
     figures: dict[str, Any] = {}
     data: list[dict[str, str]] = []
     for each in setting.tasks:
-        if task in (None, each.name):
-            fields = _data(each, run.out / "data")
+        if task in (None, each.name) and (fields := _data(each, run.out / "data")) is not None:
             data.append({"name": each.problem + f" {each.name}", "sha256": fields.sha256})
             rows = _rows(each, fields, log, seeds, run, where)
             measurements += claims.compared(each.name, each.words, rows, each.threshold, setting.judged)
@@ -83,8 +89,10 @@ def reproduce(scale: str, run: Run, task: str | None = None) -> Report:
     )
 
 
-def _data(task: Task, folder: Path) -> Fields:
-    """The task's fields, solved once and kept."""
+def _data(task: Task, folder: Path) -> Fields | None:
+    """The task's fields, solved once and kept; of files None where they are away."""
+    if task.problem in FILES:
+        return _at_hand(*FILES[task.problem])
     total = task.samples + task.valid + task.test
     size = task.solve_size or task.size
     settings = dict(task.settings)
@@ -96,10 +104,18 @@ def _data(task: Task, folder: Path) -> Fields:
     if not path.is_file():
         generate(task.problem, total, size, 0, **settings).save(path)
     fields = load(path)
-    if task.order == 1:
-        last = fields.inputs[..., -fields.targets.shape[-1] :]
-        fields = dataclasses.replace(fields, targets=fields.targets - last)
+    fields = fields.increments(task.order)
     return fields.coarser(task.size) if task.solve_size else fields
+
+
+def _at_hand(*names: str) -> Fields | None:
+    """The samples of several files of `operators` in the folder that ISOTONE_DATA_DIR names, one after the other."""
+    paths = [local(f"operators/{name}") for name in names]
+    if None in paths:
+        return None
+    found = [load(path) for path in paths if path is not None]
+    inputs, targets = (np.concatenate([getattr(each, what) for each in found]) for what in ("inputs", "targets"))
+    return Fields(inputs, targets, ", ".join(names), " ".join(each.sha256 for each in found))
 
 
 def _parts(task: Task, fields: Fields) -> tuple[Fields, Fields, Fields]:
@@ -120,6 +136,7 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
         config = PlumeConfig(2 * task.size, task.size)
         # plumes that no training saw, from when they have risen
         frames = plume(1000, task.test, task.rollout + 12, config)[:, 10:]
+    finer = _at_hand(FINER[task.problem]) if task.problem in FINER else None
     arms = [arm for arm in task.arms if arm.config is not None or peers.available()]
     found = []
     with progress.bar(task.name, len(arms) * (1 + len(seeds)), run.silent) as bar:
@@ -137,11 +154,12 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
                 own = dataclasses.replace(recipe, lr=rate, seed=seed)
                 finish = partial(
                     trained,
-                    *(arm, train, test, own),
+                    *(arm, train, valid, test, own),
                     seconds=task.seconds,
                     device=where,
                     frames=frames,
                     order=task.order,
+                    finer=finer,
                 )
                 found.append(log.arm(f"{task.name} {arm.name} seed {seed}", finish))
                 bar.advance(1)
@@ -151,7 +169,11 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
 def _figures(task: Task, fields: Fields, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     _, _, test = _parts(task, fields)
     samples = {row["arm"]: np.array(row["sample"]) for row in rows if "sample" in row}
-    shown = {name: samples[name] for name in ("t1-naive", "t1-vp", "fno", "neuralop", "t1u") if name in samples}
+    shown = {
+        name: samples[name]
+        for name in ("t1-naive", "t1-vp-first", "fno", "neuralop", "t1u", "u-net")
+        if name in samples
+    }
     whole = fields.targets[: min(len(fields), 200)]
     most = min(whole.shape[1:-1])
     counts = sorted({max(1, most * share // 16) for share in range(1, 17)})
@@ -168,14 +190,13 @@ def variance(draws: int, size: int = 64, kept: int = 24, width: int = 24) -> dic
     transform = Transform("dct", (size, size), (kept, kept))
     scale = mixing_scale("vp", width, width, size * size, kept * kept, False)
 
-    def one(key: jax.Array) -> jax.Array:
-        first, second = jax.random.split(key)
-        block = transform.forward(jax.random.normal(first, (1, size, size, width)))[0].reshape(-1, 1, width)
-        mixed = block @ (scale * jax.random.normal(second, (kept * kept, width, width)))
-        return jnp.mean(transform.inverse(mixed.reshape(1, kept, kept, width)) ** 2)
+    @jax.jit
+    def one(field: Any, weights: Any) -> jax.Array:
+        block = transform.forward(field)[0].reshape(-1, 1, width)
+        return jnp.mean(transform.inverse((block @ (scale * weights)).reshape(1, kept, kept, width)) ** 2)
 
-    keys = jax.random.split(jax.random.key(0), draws)
-    found = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys))(keys))
+    rng, shapes = np.random.default_rng(0), ((1, size, size, width), (kept * kept, width, width))
+    found = np.array([float(one(*(rng.standard_normal(shape, np.float32) for shape in shapes))) for _ in range(draws)])
     return {"vp": float(found.mean()), "vp_error": float(found.std(ddof=1)) / math.sqrt(draws)}
 
 

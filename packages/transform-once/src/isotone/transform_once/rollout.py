@@ -25,9 +25,9 @@ DOMAINS = ("auto", "frequency", "physical")
 def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, domain: str = "auto") -> np.ndarray:
     """`steps` frames (B, steps, N1, .., Nd, C) after the context `frames` (B, context, N1, .., Nd, C).
 
-    The model takes context x C channels, oldest frame first, and gives C. `domain` "frequency": modes past the block
-    are dropped from the context's last frames too, which orders 1 and 2 would carry on; "auto": it where the model
-    can. Raises `InputError` on another order or domain, a context that does not fit, order 2 of one frame, and NaN.
+    The model takes context x C channels, oldest frame first, and gives C. `domain` "frequency": blocks of modes alone
+    are stepped, the same frames as "physical"; "auto": it where the model can. Raises `InputError` on another order or
+    domain, a context that does not fit, order 2 of one frame, and NaN.
     """
     check_count("steps", steps)
     frames = np.asarray(frames)
@@ -40,10 +40,10 @@ def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, dom
         raise InputError(
             f"expected frames of {config.dims + 3} axes (samples, context, grid, channels), got {frames.shape}"
         )
-    context, channels = frames.shape[1], frames.shape[-1]
-    if context * channels != config.in_channels or channels != config.out_channels:
+    context, own = frames.shape[1], frames.shape[-1]
+    if context * own != config.in_channels or own != config.out_channels:
         wanted = f"{config.in_channels} context channels and {config.out_channels} a frame"
-        raise InputError(f"expected {wanted}, got {context} frames of {channels}")
+        raise InputError(f"expected {wanted}, got {context} frames of {own}")
     if order == 2 and context < 2:
         raise InputError("expected two context frames for order 2, got 1")
     check_finite("frames", frames)
@@ -55,7 +55,7 @@ def rollout(model: Operator, frames: np.ndarray, steps: int, order: int = 0, dom
     return np.asarray(run(graph, steps, order, state, jnp.asarray(frames)))
 
 
-def _advance(order: int, window: Array, found: Array) -> Array:
+def advance(order: int, window: Array, found: Array) -> Array:
     """The window (context, ...) moved on by one frame."""
     if order == 1:
         found = window[-1] + found
@@ -64,7 +64,7 @@ def _advance(order: int, window: Array, found: Array) -> Array:
     return jnp.concatenate([window[1:], found[None]])
 
 
-def _channels(window: Array) -> Array:
+def channels(window: Array) -> Array:
     """(context, B, grid, C) to (B, grid, context C)."""
     return jnp.concatenate(list(window), -1)
 
@@ -72,7 +72,7 @@ def _channels(window: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _physical(graph: Any, steps: int, order: int, state: Any, frames: Array) -> Array:
     def step(window: Array, _: None) -> tuple[Array, Array]:
-        window = _advance(order, window, nnx.merge(graph, state)(_channels(window)))
+        window = advance(order, window, nnx.merge(graph, state)(channels(window)))
         return window, window[-1]
 
     _, found = jax.lax.scan(step, jnp.moveaxis(frames, 1, 0), None, length=steps)
@@ -83,12 +83,26 @@ def _physical(graph: Any, steps: int, order: int, state: Any, frames: Array) -> 
 def _frequency(graph: Any, steps: int, order: int, state: Any, frames: Array) -> Array:
     model = nnx.merge(graph, state)
     sizes = frames.shape[2:-1]
-    window = jnp.stack([model._forward(frames[:, t]) for t in range(frames.shape[1])])
+    count = frames.shape[1]
+    window = jnp.stack([model.block(frames[:, t]) for t in range(count)])
+    # of the output's shift, which is the field's and not the network's, the block is that of ones
+    shift = model.out_shift[...] * jnp.asarray(model._constants[..., -1:], window.dtype)
 
     def step(window: Array, _: None) -> tuple[Array, Array]:
-        window = _advance(order, window, nnx.merge(graph, state).spectrum(_channels(window)))
+        given = model.standardized_block(channels(window))
+        found = model.spectrum(given) * model.out_scale[...].astype(window.real.dtype) + shift
+        window = advance(order, window, found)
         return window, window[-1]
 
     _, found = jax.lax.scan(step, window, None, length=steps)
-    fields = model.decode(found.reshape(-1, *found.shape[2:]), sizes)
-    return jnp.moveaxis(fields.reshape(steps, frames.shape[0], *fields.shape[1:]), 0, 1)
+    fields = model.field(found.reshape(-1, *found.shape[2:]), sizes)
+    fields = jnp.moveaxis(fields.reshape(steps, frames.shape[0], *fields.shape[1:]), 0, 1)
+    if order == 0:
+        return fields
+    # modes past the block are never changed by the network: they stay (order 1) or go on as they went (order 2)
+    last = [frames[:, t] - model.field(model.block(frames[:, t]), sizes) for t in range(count - order, count)]
+    outside = last[-1][:, None]
+    if order == 2:
+        later = jnp.arange(1, steps + 1, dtype=fields.dtype).reshape(1, -1, *([1] * (len(sizes) + 1)))
+        outside = outside + later * (last[1] - last[0])[:, None]
+    return fields + outside

@@ -8,7 +8,6 @@ so that the head runs on the block alone.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -45,21 +44,40 @@ class Spectral(Operator):
 
     config: T1Config
     lift: Dense
-    frequency_domain = True
 
     def grid(self, sizes: tuple[int, ...]) -> Transform:
         """The transform of fields of `sizes`, padding included, whole with `keep_high`."""
         config = self.config
         if len(sizes) != config.dims:
             raise InputError(f"expected a grid of {config.dims} axes, got {sizes}")
-        padded = tuple(n + config.padding for n in sizes)
+        padded = tuple(n + pad for n, pad in zip(sizes, self._padding(sizes), strict=True))
+        if padded != self.reference:
+            if config.keep_high:
+                raise InputError(f"expected a grid of {self._sizes} with keep_high, got {sizes}")
+            # of a Nyquist mode a finer grid needs the half that a coarser one does not tell apart
+            highest = (*config.axes_modes[:-1], config.axes_modes[-1] - 1)
+            limits = map(min, padded, self.reference)
+            if config.transform == "dft" and any(2 * k >= n for k, n in zip(highest, limits, strict=True)):
+                raise InputError(f"expected modes below half of each axis on another grid than {self._sizes}")
         return Transform(config.transform, padded, padded if config.keep_high else config.axes_modes)
+
+    def _padding(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Points at the far end of each axis: on another grid as long a stretch of the domain."""
+        found = []
+        for n, own in zip(sizes, self._sizes, strict=True):
+            if self.config.padding * n % own:
+                raise InputError(f"expected a grid on which the padding is whole points, got {sizes}")
+            found.append(self.config.padding * n // own)
+        return tuple(found)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.config.sizes or (DEFAULT_SIZE,) * self.config.dims
 
     @property
     def reference(self) -> tuple[int, ...]:
         """The padded grid that coefficients are scaled to."""
-        sizes = self.config.sizes or (DEFAULT_SIZE,) * self.config.dims
-        return tuple(n + self.config.padding for n in sizes)
+        return tuple(n + self.config.padding for n in self._sizes)
 
     @property
     def direct(self) -> bool:
@@ -67,30 +85,46 @@ class Spectral(Operator):
         return not self.config.padding and not self.config.keep_high
 
     def encode(self, fields: Float[Array, "B ... C"]) -> Inexact[Array, "B ... C"]:
-        """The block of the input's modes, at the reference's scale: all that a training loop has to keep."""
+        """The block of the standardised input's modes, at the reference's scale: all that a training loop has to
+        keep."""
         self.check_fields(fields)
-        return self._forward(fields)
+        return self.block(self.standardized(fields))
 
     def decode(self, spectrum: Inexact[Array, "B ... C"], sizes: tuple[int, ...]) -> Float[Array, "B ... C"]:
-        """The fields of a block of modes on a grid of `sizes`."""
+        """The fields, in the targets' units, of a block of modes on a grid of `sizes`."""
+        return self.restored(self.field(spectrum, sizes))
+
+    def field(self, block: Inexact[Array, "B ... C"], sizes: tuple[int, ...]) -> Float[Array, "B ... C"]:
+        """The field of a block, no units."""
         grid = self.grid(sizes)
-        fields = grid.inverse(spectrum / rescale(grid.sizes, self.reference))
+        fields = grid.inverse(block / rescale(grid.sizes, self.reference))
         return fields[(slice(None), *(slice(0, n) for n in sizes))]
 
-    def encode_targets(self, fields: Float[Array, "B ... C"]) -> tuple[Inexact[Array, "B ... C"], Float[Array, " B"]]:
-        """The block of the targets' modes and, of each, the squared norm that no block can hold (at the block's
-        scale)."""
-        block = self._forward(fields)
-        grid = self.grid(fields.shape[1:-1])
-        scale = rescale(grid.sizes, self.reference)
-        whole = jnp.sum(fields.astype(jnp.float32) ** 2, tuple(range(1, fields.ndim))) * scale**2
-        return block, jnp.maximum(whole - energy(grid, block), 0.0)
+    def encode_targets(
+        self, fields: Float[Array, "B ... C"]
+    ) -> tuple[Inexact[Array, "B ... C"], Float[Array, " B"], Float[Array, " B"]]:
+        """The block of the targets' modes less their shift; of each the squared norm that no block can hold, and that
+        of the target itself (both at the block's scale)."""
+        wide = fields.astype(jnp.promote_types(fields.dtype, jnp.float32))
+        moved = wide - self.out_shift[...].astype(wide.dtype)
+        block, grid = self.block(moved), self.grid(fields.shape[1:-1])
+        scale, axes = rescale(grid.sizes, self.reference), tuple(range(1, fields.ndim))
+        whole, norm = (jnp.sum(each**2, axes) * scale**2 for each in (moved, wide))
+        return block, jnp.maximum(whole - energy(grid, block), 0.0), norm
 
-    def _forward(self, fields: Array) -> Array:
-        sizes, padding = fields.shape[1:-1], self.config.padding
+    def block(self, fields: Array) -> Array:
+        """The modes of fields at the reference's scale, no units."""
+        sizes = fields.shape[1:-1]
         grid = self.grid(sizes)
-        padded = jnp.pad(fields, [(0, 0), *((0, padding) for _ in sizes), (0, 0)])
+        padded = jnp.pad(fields, [(0, 0), *((0, pad) for pad in self._padding(sizes)), (0, 0)])
         return grid.forward(padded) * rescale(grid.sizes, self.reference)
+
+    def standardized_block(self, block: Array) -> Array:
+        """`encode`'s block of the block of an input that is not standardised."""
+        ones = jnp.asarray(self._constants[..., -1:], block.dtype)
+        return (block - self.in_shift[...].astype(block.real.dtype) * ones) / self.in_scale[...].astype(
+            block.real.dtype
+        )
 
     @property
     def _constants(self) -> np.ndarray:
@@ -131,7 +165,7 @@ class T1(Spectral):
     """The paper's model: `T1(T1Config(modes=(24, 24), width=48, depth=8))`; of one, two or three axes."""
 
     def __init__(self, config: T1Config | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or T1Config()
+        self._begin(config := config or T1Config())
         rngs = rngs or nnx.Rngs(0)
         wave = config.transform == "dft"
         block = Transform(config.transform, self.reference, config.axes_modes).block
@@ -173,7 +207,7 @@ class T1U(Spectral):
     config: T1UConfig
 
     def __init__(self, config: T1UConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or T1UConfig()
+        self._begin(config := config or T1UConfig())
         rngs = rngs or nnx.Rngs(0)
         width = config.in_channels + config.dims
         self.lift = Dense(width, width, rngs=rngs)
@@ -194,6 +228,7 @@ class T1U(Spectral):
             *(config.dims, width, config.out_channels, config.exponent, config.axes_modes),
             depth=config.depth,
             rngs=rngs,
+            dtype=config.dtype,
         )
 
     def spectrum(self, block: Inexact[Array, "B ... C"]) -> Inexact[Array, "B ... D"]:
@@ -209,11 +244,11 @@ class MLP(Spectral):
     config: MLPConfig
 
     def __init__(self, config: MLPConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or MLPConfig()
+        self._begin(config := config or MLPConfig())
         rngs = rngs or nnx.Rngs(0)
         block = Transform(config.transform, self.reference, config.axes_modes).block
         parts = 2 if config.transform == "dft" else 1
-        self.block = block
+        self.shape = block
         sizes = [
             math.prod(block) * config.in_channels * parts,
             *([config.width] * (config.depth - 1)),
@@ -228,13 +263,8 @@ class MLP(Spectral):
             h = layer(h)
             if number < len(self.layers) - 1:
                 h = activation(config.activation)(h)
-        shape = (len(block), *self.block, config.out_channels)
+        shape = (len(block), *self.shape, config.out_channels)
         if wave:
             y = unpack(h.reshape(*shape, 2).astype(block.real.dtype))
             return Transform("dft", self.reference, config.axes_modes).project(y)
         return h.reshape(shape).astype(block.dtype)
-
-
-def with_sizes(config: T1Config, sizes: tuple[int, ...]) -> T1Config:
-    """`config` for a grid of `sizes`, where it names none."""
-    return config if config.sizes is not None else dataclasses.replace(config, sizes=sizes)

@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError, check_count
 from isotone.transform_once import losses, metrics
-from isotone.transform_once.operator import Operator, check_finite
-from isotone.transform_once.t1 import Spectral
+from isotone.transform_once.operator import Operator, Unit
+from isotone.transform_once.problem import check_pair, prepare
 
 AXIS = "data"
 SCHEDULES = ("step", "cosine", "constant")
@@ -86,59 +86,9 @@ class History:
     compile_seconds: float = 0.0
 
 
-class Problem(NamedTuple):
-    """What the loop reads: `arrays`, the samples' axis first; `loss(model, batch) -> scalar`."""
-
-    arrays: dict[str, Array]
-    loss: Callable[[Any, dict[str, Array]], Array]
-
-
-def prepare(model: Operator, inputs: np.ndarray, targets: np.ndarray, loss: str = "relative_l2") -> Problem:
-    """The arrays to keep on the device, and the loss on batches of them.
-
-    Raises `InputError` on fields that do not fit the model or each other, that are not finite, and, for the relative
-    loss, on targets that are 0 everywhere.
-    """
-    inputs, targets = np.asarray(inputs), np.asarray(targets)
-    model.check_fields(inputs)
-    model.check_fields(targets, "targets", model.config.out_channels)
-    if inputs.shape[:-1] != targets.shape[:-1] or not len(inputs):
-        raise InputError(f"expected as many targets as inputs on one grid, got {inputs.shape} and {targets.shape}")
-    check_finite("inputs", inputs)
-    check_finite("targets", targets)
-    if loss == "relative_l2":
-        flat = np.abs(targets).reshape(len(targets), -1).max(1)
-        if (flat == 0).any():
-            raise InputError(f"expected targets that are not 0 everywhere, got sample {int(np.argmin(flat))}")
-    if isinstance(model, Spectral) and model.direct:
-        return _spectral_problem(model, inputs, targets, loss)
-    relative = loss == "relative_l2"
-
-    def of_fields(m: Any, batch: dict[str, Array]) -> Array:
-        found = m(batch["x"])
-        return losses.relative_l2(found, batch["y"]) if relative else losses.mse(found, batch["y"])
-
-    return Problem({"x": jnp.asarray(inputs), "y": jnp.asarray(targets)}, of_fields)
-
-
-def _spectral_problem(model: Spectral, inputs: np.ndarray, targets: np.ndarray, loss: str) -> Problem:
-    encode, encode_targets = jax.jit(model.encode), jax.jit(model.encode_targets)
-    # some samples at a time: the fields need not fit beside their spectra
-    parts = max(1, math.ceil(inputs.size * 4 / 2**28))
-    x = jnp.concatenate([encode(part) for part in np.array_split(inputs, parts)])
-    pairs = [encode_targets(part) for part in np.array_split(targets, parts)]
-    y, outside = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
-    grid = model.grid(inputs.shape[1:-1])
-    weights = grid.weights() if model.config.transform == "dft" else None
-    points = math.prod(model.reference) * targets.shape[-1]
-
-    def of_blocks(m: Any, batch: dict[str, Array]) -> Array:
-        found = m.spectrum(batch["x"])
-        if loss == "relative_l2":
-            return losses.relative_l2_freq(found, batch["y"], batch["outside"], weights)
-        return losses.mse_freq(found, batch["y"], batch["outside"], points, weights)
-
-    return Problem({"x": x, "y": y, "outside": outside}, of_blocks)
+def _copied(tree: Any) -> Any:
+    # through the host: a copy on the device is a program for every shape
+    return jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), tree)
 
 
 class _Loop(NamedTuple):
@@ -155,6 +105,7 @@ def _split(model: Operator) -> tuple[Any, Any, Any]:
     return parts
 
 
+@functools.lru_cache(maxsize=32)
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW but for the rate, which is traced."""
     return optax.chain(optax.scale_by_adam(eps=config.eps), optax.add_decayed_weights(config.weight_decay))
@@ -164,19 +115,15 @@ def _epoch(
     graph: Any,
     loss_fn: Callable[..., Array],
     config: TrainConfig,
-    batches: int,
     sharded: bool,
     loop: _Loop,
     arrays: dict[str, Array],
-    seed: Array,
+    rows: Array,
     lr: Array,
     epoch: Array,
     epochs: Array,
 ) -> tuple[_Loop, Array]:
-    """One epoch over `batches` batches, a scan; on a mesh each device has its share of every batch."""
-    samples = arrays["x"].shape[0]
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), samples)
-    rows = order[: batches * config.batch_size].reshape(batches, config.batch_size)
+    """One epoch over the batches of `rows` (batches, batch), a scan; on a mesh a share of each batch a device."""
     optimizer = _optimizer(config)
     if sharded:
         share = config.batch_size // jax.lax.axis_size(AXIS)
@@ -194,13 +141,33 @@ def _epoch(
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(carry.params)
         if sharded:
             gradient, value, rest = jax.lax.pmean((gradient, value, rest), AXIS)
-        rate = lr * config.rate((epoch + number / batches) / epochs)
+        rate = lr * config.rate((epoch + number / rows.shape[0]) / epochs)
         updates, state = optimizer.update(gradient, carry.optimizer, carry.params)
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), carry.params, updates)
         return _Loop(params, rest, state), value
 
-    loop, values = jax.lax.scan(step, loop, (jnp.arange(batches), rows))
+    loop, values = jax.lax.scan(step, loop, (jnp.arange(rows.shape[0]), rows))
     return loop, jnp.mean(values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begun(config: TrainConfig, params: Any) -> Any:
+    """The optimizer's state, by one program: by itself every leaf's zeros would be one."""
+    return _optimizer(config).init(params)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    graph: Any, loss: Any, recipe: TrainConfig, many: bool, mesh: Mesh | None, tree: Any, shapes: tuple[Any, ...]
+) -> Any:
+    """`_epoch`, compiled for arguments of these shapes; Trainers of equal models share it."""
+    run: Callable[..., Any] = functools.partial(_epoch, graph, loss, recipe, mesh is not None)
+    if many:
+        run = jax.vmap(run, (0, None, 0, 0, None, None))
+    if mesh is not None:
+        none = PartitionSpec()
+        run = jax.shard_map(run, mesh=mesh, in_specs=none, out_specs=none, check_vma=False)
+    return jax.jit(run, donate_argnums=0).lower(*jax.tree.unflatten(tree, shapes)).compile()
 
 
 class Trainer:
@@ -222,6 +189,8 @@ class Trainer:
         mesh: Mesh | None = None,
     ) -> None:
         self.model, self.config, self.mesh = model, config, mesh
+        # what is compiled in: the rest of the recipe is given to the program
+        self.recipe = dataclasses.replace(config, epochs=1, lr=1.0, eval_every=0, seed=0)
         if len(inputs) < config.batch_size:
             raise InputError(f"expected a batch_size of at most {len(inputs)} samples, got {config.batch_size}")
         self.problem = prepare(model, inputs, targets, config.loss)
@@ -240,8 +209,12 @@ class Trainer:
                 module.axis_name = AXIS if mesh is not None else None
         self.graph, params, rest = _split(copy)
         self.loop = self._start(params, rest)
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self.loop, arrays = jax.device_put((self.loop, self.problem.arrays), everywhere)
+            self.problem = self.problem._replace(arrays=arrays)
         self.epoch = 0
-        self._run = self._compile()
+        self._compiled: Callable[..., tuple[_Loop, Array]] | None = None
 
     def _check_mesh(self, mesh: Mesh) -> None:
         if self.many or mesh.axis_names != (AXIS,):
@@ -250,69 +223,77 @@ class Trainer:
             raise InputError(f"expected a batch_size that {mesh.size} devices divide, got {self.config.batch_size}")
 
     def _start(self, params: Any, rest: Any) -> _Loop:
-        init = _optimizer(self.config).init
+        init = functools.partial(_begun, self.recipe)
         if not self.many:
+            # a copy: the program takes what it is given for its own
+            params, rest = _copied((params, rest))
             return _Loop(params, rest, init(params))
         from isotone.transform_once.models import make_model
 
         parts = []
         for seed in self.seeds:
             made = make_model(self.model.config, seed)
+            # the data's units, which are the same for all
+            nnx.update(made, nnx.state(self.model, Unit))
             made.train()
             _, own, other = _split(made)
             parts.append(_Loop(own, other, init(own)))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-
-    def _compile(self) -> Callable[..., tuple[_Loop, Array]]:
-        run: Callable[..., Any] = functools.partial(
-            _epoch, self.graph, self.problem.loss, self.config, self.batches, self.mesh is not None
-        )
-        if self.many:
-            run = jax.vmap(run, (0, None, 0, 0, None, None))
-        if self.mesh is not None:
-            none = PartitionSpec()
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=none, out_specs=none, check_vma=False)
-        return jax.jit(run, donate_argnums=0)
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *parts)
 
     def run(self, epochs: int, total: int | None = None) -> np.ndarray:
         """Train `epochs` more of `total` (None: the config's): the loss of each, (epochs,) or (seeds, epochs)."""
+        self.warm_up()
+        assert self._compiled is not None
         found = []
-        total = self.config.epochs if total is None else total
-        seeds = jnp.asarray(self.seeds if self.many else self.seeds[0], jnp.uint32)
-        rates = jnp.asarray(self.rates if self.many else self.rates[0], jnp.float32)
         for _ in range(epochs):
-            number = jnp.asarray(self.epoch, jnp.int32)
-            self.loop, loss = self._run(
-                self.loop, self.problem.arrays, seeds, rates, number, jnp.asarray(total, jnp.float32)
-            )
+            self.loop, loss = self._compiled(*self._arguments(total))
             self.epoch += 1
             found.append(loss)
-        return np.asarray(jnp.stack(found, -1)) if found else np.zeros(0)
+        return np.stack(jax.device_get(found), -1) if found else np.zeros(0)
+
+    def order(self, seed: int) -> np.ndarray:
+        """The samples of each batch of this epoch, (batches, batch): from (seed, epoch) alone."""
+        order = np.random.default_rng((seed, self.epoch)).permutation(len(self.problem.arrays["x"]))
+        return order[: self.batches * self.config.batch_size].reshape(self.batches, -1).astype(np.int32)
+
+    def _arguments(self, total: int | None) -> tuple[Any, ...]:
+        total = self.config.epochs if total is None else total
+        orders = [self.order(seed) for seed in self.seeds]
+        return (
+            *(self.loop, self.problem.arrays),
+            np.stack(orders) if self.many else orders[0],
+            np.asarray(self.rates if self.many else self.rates[0], np.float32),
+            *(np.asarray(self.epoch, np.int32), np.asarray(total, np.float32)),
+        )
 
     def warm_up(self) -> float:
-        """Compile, on a copy; the seconds that took."""
+        """Compile; the seconds that took, 0 the second time."""
         start = time.perf_counter()
-        kept, epoch = jax.tree.map(jnp.copy, self.loop), self.epoch
-        self.run(1)
-        jax.block_until_ready(self.loop)
-        self.loop, self.epoch = kept, epoch
+        if self._compiled is None:
+            leaves, tree = jax.tree.flatten(self._arguments(None))
+            where = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for leaf in leaves)
+            self._compiled = _program(self.graph, self.problem.loss, self.recipe, self.many, self.mesh, tree, shapes)
         return time.perf_counter() - start
 
-    def seconds_per_epoch(self, epochs: int = 2) -> float:
-        """The median of some compiled epochs, on a copy."""
-        kept, epoch, times = jax.tree.map(jnp.copy, self.loop), self.epoch, []
-        for _ in range(epochs):
-            start = time.perf_counter()
-            self.run(1)
-            jax.block_until_ready(self.loop)
-            times.append(time.perf_counter() - start)
-        self.loop, self.epoch = kept, epoch
-        return float(np.median(times))
+    def memory(self) -> int:
+        """Bytes that an epoch's program works in beside its arguments and results, as XLA plans them."""
+        self.warm_up()
+        plan: Any = self._compiled
+        return int(plan.memory_analysis().temp_size_in_bytes)
+
+    def seconds_per_epoch(self, seconds: float = 0.3) -> float:
+        """Of epochs run for `seconds` or more, on a copy; the first of them does not count."""
+        kept, epoch = jax.tree.map(lambda leaf: np.array(leaf), self.loop), self.epoch
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.loop)
+        found = timed_epochs(self.run, seconds)
+        self.loop, self.epoch = jax.device_put(kept, where), epoch
+        return found
 
     def models(self) -> list[Operator]:
-        """The trained models, one a seed."""
+        """The trained models as they are now, one a seed."""
         if not self.many:
-            return [nnx.merge(self.graph, self.loop.params, self.loop.rest)]
+            return [nnx.merge(self.graph, *_copied((self.loop.params, self.loop.rest)))]
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], self.loop) for i in range(len(self.seeds))]
         return [nnx.merge(self.graph, loop.params, loop.rest) for loop in each]
 
@@ -333,25 +314,36 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    standardize: bool = True,
     progress: Callable[[int, float], None] | None = None,
     **settings: Any,
 ) -> History:
-    """Train `model` in place on fields; `settings` are fields of `TrainConfig` where no `config` is given.
+    """Train `model` in place on fields; `settings` are fields of `TrainConfig` where no `config` is given. What is
+    left of an epoch's order when whole batches are taken is not used in that epoch.
 
-    `test`: fields to measure the relative L2 on, every `eval_every` epochs and at the end. `checkpoint`: a folder saved
-    to every `checkpoint_every` epochs and, with `resume`, gone on from, to the bit on CPU. `progress(epoch, loss)`.
-    Raises `InputError` as `Trainer` and `prepare`, on unknown settings, a loss that is not finite, and a checkpoint of
-    another run.
+    `standardize`: each channel by its mean and deviation in these fields from now on (`Operator.set_units`); without,
+    the model sees the fields as they are, as the paper's runs do. `test`: fields to measure the relative L2 on, every
+    `eval_every` epochs and at the end. `checkpoint`: a folder saved to every `checkpoint_every` epochs and, with
+    `resume`, gone on from, to the bit on CPU. `progress(epoch, loss)`. Raises `InputError` as `Trainer` and `prepare`,
+    on unknown settings, a loss that is not finite, a `test` that does not fit, and a checkpoint of another run; the
+    model is then as it was.
     """
     config = config or train_config(**settings)
     check_count("checkpoint_every", checkpoint_every)
+    check_pair(model, inputs, targets)
+    if test is not None:
+        check_pair(model, *test, what="test ")
+    given = model
+    if standardize:
+        model = nnx.clone(model)
+        model.set_units(inputs, targets)
     trainer = Trainer(model, inputs, targets, config, mesh=mesh)
     history = History()
     store = CheckpointStore(checkpoint) if checkpoint is not None else None
-    identity = run_identity(model, inputs, targets, config)
     if store is None:
-        _train(trainer, history, test, checkpoint_every, None, identity, progress)
+        _train(trainer, history, test, checkpoint_every, None, "", progress)
     else:
+        identity = run_identity(model, inputs, targets, config)
         with store:
             if resume:
                 _restore(trainer, history, store, identity)
@@ -362,7 +354,7 @@ def fit(
     for _, module in nnx.iter_modules(trained):
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = None
-    nnx.update(model, nnx.state(trained))
+    nnx.update(given, nnx.state(trained))
     return history
 
 
@@ -401,6 +393,20 @@ def _train(
         if store is not None and (last or trainer.epoch % every == 0):
             state = {"identity": identity, "history": dataclasses.asdict(history), "epoch": trainer.epoch}
             store.save(trainer.epoch, _flat(trainer.loop), state)
+
+
+def timed_epochs(run: Callable[[int], Any], seconds: float) -> float:
+    """Seconds an epoch of `run(epochs)`, after one that does not count: twice as many each time until they fill
+    `seconds`."""
+    run(1)
+    epochs = 1
+    while True:
+        start = time.perf_counter()
+        run(epochs)
+        spent = time.perf_counter() - start
+        if spent >= seconds:
+            return spent / epochs
+        epochs *= 2
 
 
 def _restore(trainer: Trainer, history: History, store: CheckpointStore, identity: str) -> None:

@@ -44,6 +44,7 @@ def dct(
         raise InputError(f"expected norm ortho, got {norm!r}")
     sizes = [x.shape[axis] for axis in axes]
     kept = check_modes(sizes if modes is None else modes, sizes)
+    x = x.astype(_wide(x))
     for axis, size, m in zip(axes, sizes, kept, strict=True):
         x = _apply(cosine_matrix(m, size), x, axis)
     return x
@@ -53,6 +54,7 @@ def idct(spectrum: Float[Array, ...], sizes: Sequence[int], axes: Sequence[int])
     """The field on a grid of `sizes` along `axes` whose modes past those given are 0: T^-1 S_m^T X (a DCT-III)."""
     _check_real(spectrum)
     check_modes([spectrum.shape[axis] for axis in axes], sizes)
+    spectrum = spectrum.astype(_wide(spectrum))
     for axis, size in zip(axes, sizes, strict=True):
         spectrum = _apply(cosine_matrix(spectrum.shape[axis], size).T, spectrum, axis)
     return spectrum
@@ -208,5 +210,5 @@ def _pad(x: Array, axis: int, count: int) -> Array:
 
 
 def _wide(x: Array) -> jnp.dtype:
-    """The FFT knows float32 and float64 alone."""
+    """At least float32: a transform of half precision would not be exact, and the FFT has none."""
     return jnp.promote_types(x.dtype, jnp.float32)

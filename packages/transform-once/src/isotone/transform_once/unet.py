@@ -10,6 +10,7 @@ cropped."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import Array
 from jaxtyping import Float
 
 from isotone.transform_once.config import UNetConfig
+from isotone.transform_once.initializers import normal
 from isotone.transform_once.operator import Operator
 
 WIDTHS = (1, 2, 2, 4, 8, 8, 8)
@@ -26,8 +28,9 @@ WIDTHS = (1, 2, 2, 4, 8, 8, 8)
 class UNetBody(nnx.Module):
     """(B, n1, .., nd, C_in) to (B, n1, .., nd, C_out), for pictures of the size that it was made for or larger.
 
-    `exponent` e: 2^e channels at the top; at most `depth` halvings, and no more than the smallest of `sizes` has.
-    Batch statistics in training (`train()`), running ones in `eval()`."""
+    `exponent` e: 2^e channels at the top; convolutions in `dtype`, norms and weights in float32; at most `depth`
+    halvings, and no more than the smallest of `sizes` has. Batch statistics in training (`train()`), running ones in
+    `eval()`."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class UNetBody(nnx.Module):
         *,
         depth: int,
         rngs: nnx.Rngs,
+        dtype: str = "float32",
     ) -> None:
         depth = max(1, min(depth, len(WIDTHS), int(math.log2(max(2, min(sizes))))))
         self.dims, self.depth = dims, depth
@@ -47,16 +51,18 @@ class UNetBody(nnx.Module):
         for level, width in enumerate(widths):
             source = inputs if level == 0 else widths[level - 1]
             normed = 0 < level < depth - 1
-            downs.append(_conv(dims, source, width, 4, normed, rngs))
+            downs.append(_conv(dims, source, width, 4, normed, rngs, dtype))
             down_norms.append(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) if normed else None)
         for level in range(depth - 1, 0, -1):
             source = widths[level] * (1 if level == depth - 1 else 2)
-            ups.append(_conv(dims, source, widths[level - 1], 3, True, rngs))
+            ups.append(_conv(dims, source, widths[level - 1], 3, True, rngs, dtype))
             up_norms.append(nnx.BatchNorm(widths[level - 1], momentum=0.9, rngs=rngs))
         self.downs, self.down_norms = nnx.List(downs), nnx.List(down_norms)
         self.ups, self.up_norms = nnx.List(ups), nnx.List(up_norms)
         last = widths[0] * (2 if depth > 1 else 1)
-        self.last = nnx.ConvTranspose(last, outputs, (4,) * dims, (2,) * dims, padding="SAME", rngs=rngs)
+        self.last = nnx.ConvTranspose(
+            *(last, outputs, (4,) * dims, (2,) * dims), padding="SAME", kernel_init=_kernel, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         sizes, multiple = x.shape[1:-1], 2**self.depth
@@ -75,12 +81,22 @@ class UNetBody(nnx.Module):
         return x[(slice(None), *(slice(0, n) for n in sizes))]
 
 
-def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(dims: int, inputs: int, outputs: int, kernel: int, normed: bool, rngs: nnx.Rngs, dtype: str) -> nnx.Conv:
     stride = 2 if kernel == 4 else 1
     # a norm takes out what a bias would add
     return nnx.Conv(
-        *(inputs, outputs, (kernel,) * dims, (stride,) * dims), padding="SAME", use_bias=not normed, rngs=rngs
+        *(inputs, outputs, (kernel,) * dims, (stride,) * dims),
+        padding="SAME",
+        use_bias=not normed,
+        kernel_init=_kernel,
+        dtype=dtype,
+        rngs=rngs,
     )
+
+
+def _kernel(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Of variance 1 / fan-in (LeCun)."""
+    return normal(key, shape, 1 / math.sqrt(math.prod(shape[:-1]))).astype(dtype)
 
 
 class UNet(Operator):
@@ -89,13 +105,20 @@ class UNet(Operator):
     config: UNetConfig
 
     def __init__(self, config: UNetConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        self.config = config = config or UNetConfig()
+        self._begin(config := config or UNetConfig())
         rngs = rngs or nnx.Rngs(0)
         inputs = config.in_channels + config.dims
         sizes = (2**config.depth,) * config.dims
         self.body = UNetBody(
-            config.dims, inputs, config.out_channels, config.exponent, sizes, depth=config.depth, rngs=rngs
+            config.dims,
+            inputs,
+            config.out_channels,
+            config.exponent,
+            sizes,
+            depth=config.depth,
+            rngs=rngs,
+            dtype=config.dtype,
         )
 
-    def __call__(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+    def apply(self, fields: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
         return self.body(self.with_coordinates(fields)).astype(fields.dtype)

@@ -36,7 +36,7 @@ class Waves(NamedTuple):
 def waves(size: int) -> Waves:
     """Of the first axis x and the second, halved, y."""
     kx, ky = np.fft.fftfreq(size, 1 / size)[:, None], np.fft.rfftfreq(size, 1 / size)[None]
-    mask = (np.abs(kx) <= size / 3) & (np.abs(ky) <= size / 3)
+    mask = (np.abs(kx) < size / 3) & (np.abs(ky) < size / 3)
     x, y = 2 * np.pi * kx + 0 * ky, 2 * np.pi * ky + 0 * kx
     if size % 2 == 0:
         # a first derivative of the Nyquist mode is not real
@@ -53,6 +53,11 @@ def gaussian_field(key: Array, samples: int, size: int) -> Float[Array, "n N N"]
     shape[0, 0] = 0
     real, imag = jax.random.normal(key, (2, samples, size, size))
     return jnp.fft.ifft2(jax.lax.complex(real, imag) * jnp.asarray(shape, real.dtype)).real
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _drawn(keys: Array, size: int) -> Array:
+    return jax.vmap(lambda key: gaussian_field(key, 1, size)[0])(keys)
 
 
 def forcing(size: int) -> np.ndarray:
@@ -86,15 +91,21 @@ def solve_vorticity(
 
     Raises `InputError` on a grid that is not square, a step that is not above 0 and at most the time between frames.
     """
-    check_count("frames", frames)
-    for name, value in (("viscosity", viscosity), ("t_final", t_final), ("dt", dt)):
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"expected a finite {name} above 0, got {value}")
+    _check(viscosity, t_final, dt, frames)
+    if dt > t_final / frames:
+        raise InputError(f"expected a dt of at most the time between frames, {t_final / frames:g}, got {dt}")
     if w0.ndim != 3 or w0.shape[1] != w0.shape[2] or w0.shape[1] < 4:
         raise InputError(f"expected fields (n, N, N) with N of 4 or more, got shape {w0.shape}")
     steps = max(1, math.ceil(t_final / frames / dt - 1e-9))
     numbers = (jnp.asarray(value, w0.dtype) for value in (viscosity, t_final / frames / steps))
     return _solve(w0, *numbers, steps, frames, forced)
+
+
+def _check(viscosity: float, t_final: float, dt: float, frames: int) -> None:
+    check_count("frames", frames)
+    for name, value in (("viscosity", viscosity), ("t_final", t_final), ("dt", dt)):
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"expected a finite {name} above 0, got {value}")
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "forced"))
@@ -144,17 +155,20 @@ def navier_stokes(
     """
     check_count("samples", samples)
     check_count("size", size, 4)
+    _check(viscosity, t_final, dt, frames)
     solve_size = solve_size or size
     if solve_size % size:
         raise InputError(f"expected solve_size to be a multiple of {size}, got {solve_size}")
     every = solve_size // size
     first, last = [], []
+    keys = jax.random.split(key, samples)
     for start in range(0, samples, batch):
-        w0 = gaussian_field(jax.random.fold_in(key, start), batch, solve_size)
+        # noise by sample: the same fields whatever the batch is
+        w0 = _drawn(keys[start : start + batch], solve_size)
         found = solve_vorticity(w0, viscosity, t_final, dt, frames)
         first.append(np.asarray(w0[:, ::every, ::every]))
         last.append(np.asarray(found[:, :, ::every, ::every]))
-    begun, ended = np.concatenate(first)[:samples], np.concatenate(last)[:samples]
+    begun, ended = np.concatenate(first), np.concatenate(last)
     if not np.isfinite(ended).all():
         raise InputError(f"expected a stable solution, got NaN or infinity: lower dt from {dt}")
     return begun[..., None], ended[..., None]
