@@ -227,7 +227,7 @@ def subsampled_rdp(rate: float, noise: float, order: float | int) -> float:
             special.gammaln(order + 1) - special.gammaln(k + 1) - special.gammaln(order - k + 1)
             + k * math.log(rate) + (order - k) * math.log1p(-rate) + k * (k - 1) / (2 * noise**2)
         )  # fmt: skip
-        return _log_sum(terms)[0] / (order - 1)
+        return float(special.logsumexp(terms)) / (order - 1)
     return _fractional(rate, noise, order) / (order - 1)
 
 
@@ -246,19 +246,12 @@ def _fractional(rate: float, noise: float, order: float) -> float:
         high += _log_half_erfc((turn - j) / (math.sqrt(2) * noise))
         signs = special.gammasgn(j + 1)
         logs, weights = np.concatenate([[total], low, high]), np.concatenate([[sign], signs, signs])
-        total, sign = _log_sum(logs, weights)
+        total, sign = special.logsumexp(logs, b=weights, return_sign=True)
         start, size = start + size, 2 * size
         # terms alternate beyond the order: what is left out is below the last one
         if start > order + 1 and max(low[-1], high[-1]) < total - 30:
             break
-    return total if sign > 0 else math.inf
-
-
-def _log_sum(logs: np.ndarray, weights: np.ndarray | float = 1.0) -> tuple[float, float]:
-    """log |sum of weights e^logs| and the sum's sign: scipy's logsumexp without what it costs on a few numbers."""
-    top = float(logs.max())
-    total = float(np.sum(weights * np.exp(logs - top)))
-    return (top + math.log(abs(total)) if total else -math.inf), math.copysign(1.0, total)
+    return float(total) if sign > 0 else math.inf
 
 
 def _log_half_erfc(x: np.ndarray) -> np.ndarray:
