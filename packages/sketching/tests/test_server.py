@@ -43,7 +43,9 @@ def assert_same(finished, config):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"participants": 2, "server": "momentum", "server_rate": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"participants": 2, "server": "momentum", "server_rate": 0.3}, {"dtype": "int8"}]
+)
 def test_a_run_over_tcp_is_the_simulation(changes, tmp_path):
     """Weights, and bytes: those of both ends are the same, and those of the formula with the headers."""
     config = dataclasses.replace(CONFIG, **changes)
@@ -56,7 +58,7 @@ def test_a_run_over_tcp_is_the_simulation(changes, tmp_path):
     assert report.heard == [plan.taken(t) for t in range(5)] and not any(report.events.values())
     said = json.loads((tmp_path / "server" / "ledger.json").read_text())
     ledger = Ledger.from_json(said)
-    size = HEADER + 4 * plan.s
+    size = HEADER + (4 + plan.s if config.dtype == "int8" else 4 * plan.s)
     for t in range(5):
         assert [ledger.up.get((t, c), 0) for c in range(4)] == [size * (c in plan.taken(t)) for c in range(4)]
         assert [ledger.down[t, c] for c in range(4)] == [size] * 4, "everybody is told"

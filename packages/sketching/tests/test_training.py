@@ -172,6 +172,8 @@ def test_arms_send_what_their_ratio_says(arm):
         assert compressor.bytes_up == whole
     else:
         assert whole / 16 <= compressor.bytes_up <= whole / 8, "as near as whole bits and ranks come"
+    if arm in ("sketch", "rand-k"):
+        assert make_compressor(dataclasses.replace(config, dtype="int8"), params).bytes_up == 4 + 241
     sized = make_compressor(dataclasses.replace(config, size=2), params)
     assert (
         sized.bytes_up
@@ -204,6 +206,8 @@ def test_arms_send_what_their_ratio_says(arm):
         ({"rate": float("nan")}, "nan"),
         ({"local_steps": 0}, "local_steps"),
         ({"straggle": 1.0}, "straggle"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "int8", "arm": "topk"}, "topk"),
     ],
 )
 def test_settings_that_mean_nothing(changes, words):

@@ -14,6 +14,8 @@ from isotone.shared.errors import InputError
 from isotone.sketching import wire
 from isotone.sketching.compressors import QSGD, FetchSGD, Plain, PowerSGD, Sketched, TopK
 from isotone.sketching.exchange import Loopback, measure_bytes, read_exactly
+from isotone.sketching.integer import IntegerCode, IntegerSketch
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.trees import tree_sketch
 from isotone.sketching.wire import HEADER, Expected, Inbox, Message, decode, encode
 
@@ -41,6 +43,12 @@ def test_values_come_back(dtype):
     # what came once over the wire loses nothing more
     assert np.allclose(decode(encode(message(values=back.values, dtype=dtype))).values, back.values, rtol=1e-6)
     assert decode(encode(message(values=np.zeros(3, np.float32), dtype=dtype))).values.tolist() == [0, 0, 0]
+
+
+def test_words_come_back():
+    words = np.array([0, 2**32 - 1, 2**31], np.uint32)
+    back = decode(encode(message(values=words, dtype="uint32")))
+    assert back.values.dtype == np.uint32 and np.array_equal(back.values, words)
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,6 +114,7 @@ def test_what_is_not_whole_is_refused(change, words):
         (Expected(s=8), "s 8, got 7"),
         (Expected(d=D + 1), "of d"),
         (Expected(clients=2), "client"),
+        (Expected(dtype="int8"), "dtype int8, got float32"),
         (Expected(limit=HEADER + 27), "at most"),
     ],
 )
@@ -132,6 +141,8 @@ def test_a_message_counts_once():
         lambda: message(kind="quantized", extra=0, dtype="bits"),
         lambda: message(seed=2**64),
         lambda: message(round=-1),
+        lambda: message(dtype="uint32"),
+        lambda: message(values=np.arange(3, dtype=np.uint32)),
     ],
 )
 def test_what_can_not_be_sent(make):
@@ -180,12 +191,15 @@ SHAPES = tuple(leaf.shape for leaf in jax.tree.leaves(PARAMS))
         PowerSGD(SHAPES, 100),
         QSGD(D, 1),
         QSGD(D, 5),
+        RoundedSketch(tree_sketch(PARAMS, ratio=8.0), "bfloat16"),
+        RoundedSketch(tree_sketch(PARAMS, "countsketch", ratio=8.0), "int8"),
+        IntegerSketch(tree_sketch(PARAMS, ratio=8.0), IntegerCode(100.0, 3)),
     ],
     ids=lambda c: type(c).__name__,
 )
 def test_bytes_at_the_socket_are_those_of_the_formula(compressor):
     """And what arrived gives every client the update that `combine` says."""
-    found = measure_bytes(compressor)
+    found = measure_bytes(compressor, clients=3 if isinstance(compressor, IntegerSketch) else 2)
     assert found.up == found.formula_up
     if isinstance(compressor, TopK):
         # the formula is the most that the union of the clients' places can be

@@ -32,6 +32,7 @@ from isotone.sketching.models import MODELS, make_model
 from isotone.sketching.plan import Plan
 from isotone.sketching.privacy import PrivacyConfig
 from isotone.sketching.private_study import accounts
+from isotone.sketching.rounding import DTYPES
 from isotone.sketching.scales import ARMS as COMPARED
 from isotone.sketching.server import ServerConfig, serve
 from isotone.sketching.sketches import KINDS
@@ -53,6 +54,7 @@ Rate = Annotated[float, Opt(help="the clients' learning rate")]
 Participants = Annotated[int | None, Opt(help="clients drawn for a round; all if not given")]
 Kind = Annotated[str, Opt(help=", ".join(KINDS))]
 Ratio = Annotated[float, Opt(help="times fewer bytes up than the weights have")]
+Dtype = Annotated[str, Opt(help=f"of a sketch's numbers: {', '.join(DTYPES)}")]
 Size = Annotated[int | None, Opt(help="in place of --ratio: s of a sketch, k, columns, rank or levels")]
 EtaG = Annotated[str, Opt(help="the global step: auto, 1/(1+alpha), or a number")]
 ServerOpt = Annotated[str, Opt("--server-opt", help=", ".join(SERVERS))]
@@ -86,6 +88,7 @@ def train(
     kind: Kind = "srht",
     ratio: Ratio = 10.0,
     size: Size = None,
+    dtype: Dtype = "float32",
     per_leaf: Annotated[bool, Opt("--per-leaf", help="a sketch of each leaf")] = False,
     eta_g: EtaG = "auto",
     server_opt: ServerOpt = "sgd",
@@ -102,9 +105,9 @@ def train(
         config = RunConfig(
             data=data, model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, straggle=straggle, weigh=weigh,
-            arm=arm, kind=kind, ratio=ratio, size=size, per_leaf=per_leaf, eta_g=_step(eta_g), server=server_opt,
-            server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip, sampling=sampling, delta=delta,
-            seed=_one_seed(run),
+            arm=arm, kind=kind, ratio=ratio, size=size, dtype=dtype, per_leaf=per_leaf, eta_g=_step(eta_g),
+            server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip, sampling=sampling,
+            delta=delta, seed=_one_seed(run),
         )  # fmt: skip
         run.out.mkdir(parents=True, exist_ok=True)
         with progress.bar(arm, rounds, run.silent) as bar:
@@ -153,6 +156,7 @@ def server(
     kind: Kind = "srht",
     ratio: Ratio = 10.0,
     size: Size = None,
+    dtype: Dtype = "float32",
     eta_g: EtaG = "auto",
     server_opt: ServerOpt = "sgd",
     server_rate: ServerRate = 1.0,
@@ -171,8 +175,8 @@ def server(
         config = RunConfig(
             model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, arm=arm, kind=kind, ratio=ratio,
-            size=size, eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise, clip=clip,
-            sampling=sampling, delta=delta, seed=_one_seed(run),
+            size=size, dtype=dtype, eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise,
+            clip=clip, sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
         plan = Plan(config, _shape(shape), classes)
         limits = ServerConfig(host, port, deadline, wait_for, patience, linger, catch_up)

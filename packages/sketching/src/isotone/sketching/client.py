@@ -215,7 +215,7 @@ class _Session:
         values = self.work.message()
         seed, d = self.plan.config.seed, self.plan.compressor.d
         if np.isfinite(values).all():
-            made = Message("sketch", seed, t, self.config.client, d, values)
+            made = Message("sketch", seed, t, self.config.client, d, values, dtype=self.plan.config.dtype)
         else:
             made = Message("refused", seed, t, self.config.client, d, text="an update that is not finite")
         self.sent = (t, wire.encode(made))

@@ -20,6 +20,7 @@ from isotone.shared.errors import InputError
 from isotone.sketching.compressors import Compressor, Plain, Sketched
 from isotone.sketching.data import ClientData
 from isotone.sketching.federated import FedAlgorithm
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.training import round_keys
 
 
@@ -43,13 +44,14 @@ def message_size(compressor: Compressor) -> int:
     """Numbers that a client sends. Raises `InputError` where what is sent is not linear in the update."""
     if isinstance(compressor, Plain):
         return compressor.d
-    if isinstance(compressor, Sketched):
+    if isinstance(compressor, Sketched | RoundedSketch):
         return compressor.sketch.s
     raise InputError(f"expected updates that can be added unseen, got {type(compressor).__name__}")
 
 
 def make_steps(algorithm: FedAlgorithm, params: Any, key: Array) -> Steps:
-    """The halves of `algorithm.round(state, key, data)`: with them all clients together do what it does.
+    """The halves of `algorithm.round(state, key, data)`: with them all clients together do what it does. (Rounded
+    numbers are rounded by the client's number here, and there by its place among those who take part.)
 
     `params`: the weights that everybody begins with; `key`: that of the rounds. Raises `InputError` on a compressor
     that is not linear.
@@ -60,15 +62,12 @@ def make_steps(algorithm: FedAlgorithm, params: Any, key: Array) -> Steps:
     def send(params: Any, t: Array, x: Array, y: Array, size: Array, client: Array) -> Array:
         own = jax.random.fold_in(round_keys(key, t)[2], client)
         delta, _ = update(params, own, ClientData(x, y, size), jnp.int32(0))
-        return sketch_of(algorithm, t, algorithm.tree.flatten(delta))
+        flat, compressor = algorithm.tree.flatten(delta), algorithm.compressor
+        if isinstance(compressor, RoundedSketch):
+            return compressor.up(t, round_keys(key, t)[3], client, flat)
+        return compressor.sketch.sk(t, flat) if isinstance(compressor, Sketched) else flat
 
     return Steps(params, algorithm, jax.jit(send), jax.jit(receive(algorithm)))
-
-
-def sketch_of(algorithm: FedAlgorithm, t: Array, flat: Array) -> Array:
-    """R_t x, or x where nothing is compressed."""
-    compressor = algorithm.compressor
-    return compressor.sketch.sk(t, flat) if isinstance(compressor, Sketched) else flat
 
 
 def receive(algorithm: FedAlgorithm) -> Callable[..., tuple[Any, Any]]:
@@ -77,7 +76,7 @@ def receive(algorithm: FedAlgorithm) -> Callable[..., tuple[Any, Any]]:
 
     def step(params: Any, optimizer: Any, t: Array, y: Array) -> tuple[Any, Any]:
         compressor = algorithm.compressor
-        flat = compressor.sketch.desk(t, y) if isinstance(compressor, Sketched) else y
+        flat = compressor.sketch.desk(t, y) if isinstance(compressor, Sketched | RoundedSketch) else y
         update = algorithm.tree.unflatten(algorithm.eta_g * flat)
         moved, optimizer = algorithm.server_opt.update(jax.tree.map(jnp.negative, update), optimizer, params)
         return optax.apply_updates(params, moved), optimizer

@@ -114,12 +114,12 @@ class ThroughSketch:
 class Sketched(ThroughSketch):
     """The paper's: R_t delta up, the mean of them down, R_t^T of that applied by all (section 2.3).
 
-    Linear, so that the server adds what it does not look into and never needs the weights.
+    Linear, so that the server adds what it does not look into and never needs the weights; and so that a simulation may
+    sketch the mean once, which is the mean of what m clients would send.
     """
 
     def combine(self, t: Array, key: Array, deltas: Array, weights: Array, clients: Any, server: Any) -> Result:
-        sent = jax.vmap(lambda delta: self.sketch.sk(t, delta))(deltas)
-        return Result(self.sketch.desk(t, mean(sent, weights)), clients, server)
+        return Result(self.sketch.desk(t, self.sketch.sk(t, mean(deltas, weights))), clients, server)
 
 
 def top_k(values: Float[Array, " d"], k: int) -> Float[Array, " d"]:

@@ -6,6 +6,7 @@ The formulas `bytes_up` and `bytes_down` are held to it, and the update that the
 from __future__ import annotations
 
 import math
+import os
 import queue
 import socket
 import threading
@@ -23,6 +24,8 @@ from jaxtyping import Float
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
 from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK, top_k
+from isotone.sketching.integer import IntegerSketch, mask
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.wire import HEADER, Message
 
 
@@ -106,12 +109,12 @@ class Channel:
         return self._through(self.counted.down, client, kind, values, more)
 
     def _through(self, counts: list[int], client: int, kind: str, values: Any, more: dict[str, Any]) -> Message:
-        numbers = np.asarray(values, np.float32).reshape(-1)
+        numbers = np.asarray(values, np.uint32 if more.get("dtype") == "uint32" else np.float32).reshape(-1)
         sent = Message(kind, self.seed, self.round, client, self.d, numbers, **more)
         data = self.line.send(wire.encode(sent))
         counts[client] += len(data) - HEADER
         self.counted.headers += HEADER
-        wanted = wire.Expected(kind, self.seed, self.round, self.d, len(numbers), self.clients)
+        wanted = wire.Expected(kind, self.seed, self.round, self.d, len(numbers), sent.dtype, self.clients)
         return wire.decode(data, wanted)
 
     def mean(self, kind: str, rows: Any, **more: Any) -> np.ndarray:
@@ -142,6 +145,26 @@ def _sketched(compressor: Sketched, channel: Channel, key: Array, deltas: Array,
     sketch, t = compressor.sketch, channel.round
     down = channel.all("mean", channel.mean("sketch", jax.jit(jax.vmap(lambda x: sketch.sk(t, x)))(deltas)))
     return jax.jit(lambda y: sketch.desk(t, y))(jnp.asarray(down.values))
+
+
+def _rounded(compressor: RoundedSketch, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
+    t, dtype, numbers = jnp.int32(channel.round), compressor.dtype, jnp.arange(len(deltas))
+    sent = jax.jit(jax.vmap(lambda client, delta: compressor.up(t, key, client, delta)))(numbers, deltas)
+    down = compressor.down(key, jnp.asarray(channel.mean("sketch", sent, dtype=dtype)))
+    return compressor.sketch.desk(t, jnp.asarray(channel.all("mean", down, dtype=dtype).values))
+
+
+def _masked(compressor: IntegerSketch, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
+    """Words under masks of seeds that every pair shares: all that the server reads, and adds."""
+    t, count, sketch = channel.round, len(deltas), compressor.sketch
+    pairs = {(a, b): os.urandom(16) for a in range(count) for b in range(a + 1, count)}
+    total = np.zeros(sketch.s, np.uint32)
+    for client, (own, delta) in enumerate(zip(jax.random.split(key, count), deltas, strict=True)):
+        seeds = {other: pairs[min(client, other), max(client, other)] for other in range(count) if other != client}
+        words = np.asarray(compressor.code.encode(own, sketch.sk(t, delta)).words)
+        total += channel.up(client, "sketch", words + mask(seeds, client, t, sketch.s), dtype="uint32").values
+    y = compressor.code.decode(jnp.asarray(total)) / count
+    return sketch.desk(t, jnp.asarray(channel.all("mean", y).values))
 
 
 def _sparse_of(message: Message) -> np.ndarray:
@@ -227,6 +250,8 @@ def _quantized(compressor: QSGD, channel: Channel, key: Array, deltas: Array, cl
 _ROUNDS: dict[type, Callable[..., Any]] = {
     Plain: _plain,
     Sketched: _sketched,
+    RoundedSketch: _rounded,
+    IntegerSketch: _masked,
     TopK: _top_k,
     FetchSGD: _fetch,
     PowerSGD: _power,

@@ -172,7 +172,7 @@ class FedAlgorithm:
         names, sketch = self.mesh.axis_names, compressor.sketch
 
         def share(deltas: Array, weights: Array) -> Array:
-            return jax.lax.psum(mean(jax.vmap(lambda delta: sketch.sk(t, delta))(deltas), weights), names)
+            return jax.lax.psum(sketch.sk(t, mean(deltas, weights)), names)
 
         return sketch.desk(t, self._split(share, False)(deltas, weights))
 

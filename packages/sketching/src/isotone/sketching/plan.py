@@ -14,11 +14,14 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from isotone.shared.errors import InputError
-from isotone.sketching.cohort import Steps, make_steps
-from isotone.sketching.compressors import Compressor, Sketched
+from isotone.sketching.cohort import Steps, make_steps, message_size
+from isotone.sketching.compressors import Compressor
 from isotone.sketching.models import Model, make_model
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.training import RunConfig, make_algorithm, make_compressor, round_keys, run_keys
 
 LINEAR_ARMS = ("sketch", "plain", "rand-k")
@@ -64,7 +67,14 @@ class Plan:
     @property
     def s(self) -> int:
         """Numbers in a message."""
-        return self.compressor.sketch.s if isinstance(self.compressor, Sketched) else self.compressor.d
+        return message_size(self.compressor)
+
+    def down(self, t: int, mean: np.ndarray) -> np.ndarray:
+        """The mean of round t as it is sent: rounded where what clients send is, alike by whoever rounds it."""
+        if not isinstance(self.compressor, RoundedSketch):
+            return mean
+        key = round_keys(run_keys(self.config.seed)[1], t)[3]
+        return np.asarray(self.compressor.down(key, jnp.asarray(mean)))
 
     def taken(self, t: int) -> list[int]:
         """Who takes part in round t: what `FedAlgorithm.round` draws."""

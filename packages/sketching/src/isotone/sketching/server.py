@@ -110,7 +110,7 @@ def read_log(path: Path, plan: Plan) -> list[bytes]:
             length = HEADER + wire.payload_length(data[place : place + HEADER])
             wire.decode(data[place : place + length], _expected(plan, "mean", len(found)))
         except InputError as error:
-            whole = HEADER + 4 * plan.s
+            whole = HEADER + wire.value_bytes(plan.config.dtype, plan.s)
             if len(data) - place > whole:
                 raise InputError(f"expected a log of rounds in {str(path)!r}, it is corrupted: {error}") from None
             break
@@ -123,7 +123,8 @@ def read_log(path: Path, plan: Plan) -> list[bytes]:
 
 def _expected(plan: Plan, kind: str | None, t: int | None) -> Expected:
     limit = HEADER + max(4 * plan.s, 1 << 16)
-    return Expected(kind, plan.config.seed, t, plan.compressor.d, plan.s, plan.config.clients, limit)
+    dtype = None if kind is None else plan.config.dtype
+    return Expected(kind, plan.config.seed, t, plan.compressor.d, plan.s, dtype, plan.config.clients, limit)
 
 
 class _Server:
@@ -210,8 +211,8 @@ class _Server:
         mean = np.asarray(total / np.float32(len(heard)), np.float32)
         if not np.isfinite(mean).all():
             raise InputError(f"expected updates whose sum is finite, got infinity in round {t}")
-        config = self.plan.config
-        message = Message("mean", config.seed, t, 0, self.plan.compressor.d, mean, extra=len(heard))
+        config, sent = self.plan.config, self.plan.down(t, mean)
+        message = Message("mean", config.seed, t, 0, self.plan.compressor.d, sent, None, len(heard), config.dtype)
         data = wire.encode(message)
         self.report.heard.append(heard)
         self._write()
@@ -220,7 +221,7 @@ class _Server:
         os.fsync(self.log.fileno())
         self.history.append(data)
         if self.weights is not None:
-            self.weights.apply(t, mean)
+            self.weights.apply(t, wire.decode(data).values)
         self.inbox, self.declined = {}, set()
         told = [self._write_to(writer, data, client, t) for client, writer in self.writers.items()]
         await asyncio.gather(*told)

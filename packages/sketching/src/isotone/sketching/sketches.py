@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from isotone.shared.errors import InputError
 from isotone.sketching import blocks, hashing
-from isotone.sketching.hadamard import fwht, next_power
+from isotone.sketching.hadamard import fwht, next_size
 
 KINDS = (
     *("srht", "srht-replace", "countsketch-blocks", "countsketch", "sparse", "gaussian", "ams", "rand-k", "identity"),
@@ -33,7 +33,7 @@ _TILE = 1 << 22
 class Sketch:
     """A family R_t in R^{s x d}.
 
-    `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' the next power of two),
+    `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' = `hadamard.next_size(d)`),
     "srht-replace", "countsketch" (one +-1 a column), "countsketch-blocks" (the same with less variance and the fastest:
     see `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1),
     "rand-k" (coordinates, scaled by d/s: a baseline), "identity".
@@ -70,8 +70,8 @@ class Sketch:
 
     @property
     def padded(self) -> int:
-        """d', the width that the Hadamard transform works on."""
-        return next_power(self.d)
+        """d', the width that the Hadamard transform works on: d and zeros up to the next size that it has."""
+        return next_size(self.d)
 
     @property
     def alpha(self) -> float:
@@ -128,7 +128,7 @@ class Sketch:
             return y
         if self.kind.startswith("srht"):
             spread = jnp.zeros(self.padded, y.dtype).at[self._rows(t)].add(y / math.sqrt(self.s))
-            return (fwht(spread) * self._signs(t, self.padded, y.dtype))[: self.d]
+            return (fwht(spread, transpose=True) * self._signs(t, self.padded, y.dtype))[: self.d]
         if self.kind == "rand-k":
             return jnp.zeros(self.d, y.dtype).at[self._rows(t)].set(y * math.sqrt(self.d / self.s))
         if self.kind == "countsketch-blocks":
@@ -262,7 +262,7 @@ def make_sketch(
 
 
 def variance(sketch: Sketch, g: Float[Array, " d"], h: Float[Array, " d"]) -> Array:
-    """Var(g^T R^T R h), exact (section 2.2); of the transforms where d is a power of two.
+    """Var(g^T R^T R h), exact (section 2.2); of the transforms where d is a size of theirs.
 
     The coordinate-wise embedding constant of the theory is what bounds it: (a / s)|g|^2 |h|^2 with a = 2.
     """

@@ -32,6 +32,7 @@ from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm
 from isotone.sketching.ledger import Ledger
 from isotone.sketching.models import Model, make_model
 from isotone.sketching.privacy import PrivacyConfig, calibrate, private_local
+from isotone.sketching.rounding import RoundedSketch, payload
 from isotone.sketching.statement import own_noise_seed, privacy_statement
 from isotone.sketching.trees import tree_sketch
 from isotone.sketching.weights import save_weights
@@ -45,9 +46,10 @@ class RunConfig:
     """`data`: "digits" or an .npz; `concentration` of the Dirichlet dealing (None: evenly); `local_steps` K on `batch`.
 
     `arm`: what travels, `ratio` times less than the weights up, or of `size` (s of a sketch, k, columns, rank or
-    levels). `kind`: of sketch. `server` with `server_rate`: what the server's update goes through. `epsilon` (for
-    all rounds) or `noise` (its multiplier) switch the private mode on: `clip`, Poisson `sampling` and `delta` are its,
-    and `batch` is not used. Raises `InputError` on what can not be meant.
+    levels). `kind`: of sketch; `dtype` of its numbers, of which there are `ratio` times fewer. `server` with
+    `server_rate`: what the server's update goes through. `epsilon` (for all rounds) or `noise` (its multiplier) switch
+    the private mode on: `clip`, Poisson `sampling` and `delta` are its, and `batch` is not used. Raises `InputError` on
+    what can not be meant.
     """
 
     data: str = "digits"
@@ -67,6 +69,7 @@ class RunConfig:
     ratio: float = 10.0
     size: int | None = None
     per_leaf: bool = False
+    dtype: str = "float32"
     eta_g: str | float = "auto"
     server: str = "sgd"
     server_rate: float = 1.0
@@ -84,6 +87,9 @@ class RunConfig:
             raise InputError(f"expected a seed from 0 to 2^32 - 1, got {self.seed}")
         if self.arm not in ARMS:
             raise InputError(f"expected an arm of {', '.join(ARMS)}, got {self.arm!r}")
+        payload(self.dtype, 1)
+        if self.dtype != "float32" and self.arm not in ("sketch", "rand-k"):
+            raise InputError(f"expected numbers of float32 where no sketch is sent, got {self.dtype} for {self.arm}")
         if self.server not in SERVERS:
             raise InputError(f"expected a server optimizer of {', '.join(SERVERS)}, got {self.server!r}")
         if not (math.isfinite(self.server_rate) and self.server_rate > 0):
@@ -145,7 +151,8 @@ def make_compressor(config: RunConfig, params: Any) -> Compressor:
         kind = "rand-k" if config.arm == "rand-k" else config.kind
         if size is not None and size > d:
             raise InputError(f"expected s of at most d = {d}, got {size}")
-        return Sketched(tree_sketch(params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf))
+        sketch = tree_sketch(params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf)
+        return Sketched(sketch) if config.dtype == "float32" else RoundedSketch(sketch, config.dtype)
     if config.arm == "topk":
         # a place and a value for each number kept
         kept = max(1, round(d / (2 * ratio))) if size is None else size
