@@ -137,7 +137,16 @@ def test_the_kernels_and_the_ledger_in_the_bench():
     rows += bench.peer_rows(10, "cpu", 6, ("countsketch",))
     if importlib.util.find_spec("flwr") is None:
         assert bench.flower_rows(2) == []
-    ids = ["fwht", "fwht-core", "blocks-scatter", "blocks-gather", "blocks-desk-copy", "bytes-ledger", "textbook-scipy"]
+    ids = [
+        "fwht",
+        "fwht-numpy",
+        "fwht-core",
+        "blocks-scatter",
+        "blocks-gather",
+        "blocks-desk-copy",
+        "bytes-ledger",
+        "textbook-scipy",
+    ]
     assert [row.id for row in rows] == ids
     assert all(row.ours_value > 0 and row.peer_value > 0 for row in rows)
     assert rows[-2].ratio == 1 and rows[-2].held

@@ -97,23 +97,24 @@ def _seconds(timing: Timing) -> tuple[float, float]:
 # --- transform and sketches ---------------------------------------------------------------------------------------
 
 
-def butterflies(values: Array) -> Array:
+def butterflies(values: Any, numpy: Any = jnp) -> Any:
     """The transform as its textbook has it: log d passes of sums and differences, by reshaping."""
     d, width = values.shape[-1], 1
     while width < d:
         pairs = values.reshape(-1, 2, width)
-        values = jnp.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], 1)
+        values = numpy.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], 1)
         width *= 2
     return values.reshape(d)
 
 
-def transform_seconds(where: str, bits: int, rounds: int) -> tuple[float, float]:
-    """(ours, butterflies), after both gave the same."""
+def transform_seconds(where: str, bits: int, rounds: int, jitted: bool = True) -> tuple[float, float]:
+    """(ours, butterflies), after both gave the same; theirs compiled by JAX too, or a loop over NumPy's."""
     x = _numbers(1 << bits)
-    ours, theirs = jax.jit(fwht), jax.jit(butterflies)
-    if float(jnp.abs(ours(x) - theirs(x)).max()) > 1e-2 * (1 << bits) ** 0.5:
+    ours = functools.partial(jax.jit(fwht), x)
+    theirs = functools.partial(*((jax.jit(butterflies), x) if jitted else (butterflies, np.asarray(x), np)))
+    if float(jnp.abs(ours() - theirs()).max()) > 1e-2 * (1 << bits) ** 0.5:
         raise RuntimeError("expected one transform from both")
-    return _seconds(compare(functools.partial(ours, x), functools.partial(theirs, x), rounds=rounds, device=where))
+    return _seconds(compare(ours, theirs, rounds=rounds, device=where))
 
 
 def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
@@ -123,6 +124,8 @@ def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
     mine = (work, "4 bits as a product, then by two")
     found = [Ratio("fwht", *mine, "butterflies, jitted", JAX, ours, theirs, "s", 3.0)]
     if where == "cpu":
+        slow = here_or_on_one_core(transform_seconds, where, bits, max(6, rounds), False)
+        found.append(Ratio("fwht-numpy", *mine, "butterflies, NumPy", np.__version__, *slow, "s", None))
         found.append(Ratio("fwht-core", *mine, "what was asked", "", ours, CORE_MS / 1e3, "s", 1.0))
     return found
 
