@@ -171,6 +171,8 @@ def _computed() -> float:
 def slow(session: nox.Session, name: str) -> None:
     """The tests marked slow, those beside a peer's library too."""
     _sync(session, name, "--group", "test", "--group", "bench")
+    if name in PEERS:
+        session.install(*PEERS[name])
     _pytest(session, name, f"{_folder(name)}/tests", "-m", "slow and not gpu and not network")
 
 

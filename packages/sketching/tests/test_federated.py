@@ -346,11 +346,17 @@ def test_data_of_ones_own(tmp_path):
         {"x": np.full((20, 3), np.nan), "y": np.zeros(20, int)},
         {"x": np.ones((20, 3)), "y": np.zeros(20)},
         {"x": np.ones((20, 3)), "y": np.zeros(19, int)},
+        {"x": np.float32(1), "y": np.zeros(20, int)},
     ):
         np.savez(path, **arrays)
         with pytest.raises(InputError):
             data.load(str(path))
-    path.write_bytes(b"torn")
+    for content in (b"", b"torn"):
+        path.write_bytes(content)
+        with pytest.raises(InputError):
+            data.load(str(path))
+    with path.open("wb") as file:
+        np.save(file, np.ones((20, 3)))
     for source in (str(path), "nothing.npz", "mnist"):
         with pytest.raises(InputError):
             data.load(source)

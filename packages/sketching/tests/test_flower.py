@@ -143,6 +143,7 @@ class Manager:
         return {proxy.cid: proxy for proxy in self.proxies}
 
 
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_the_strategy_and_its_clients(flower):
     """A run with a failure, by hand: everybody ends with the same weights."""
     from flwr.common import EvaluateRes, FitRes, parameters_to_ndarrays
@@ -210,6 +211,7 @@ def assert_is_fedavg(means, accuracy, tmp_path):
 
 
 @pytest.mark.slow  # Ray takes its time to start
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_flowers_simulation(flower, tmp_path):
     pytest.importorskip("ray", reason="flwr's simulation is not installed")
     strategy = flower.simulation(CONFIG)
@@ -218,6 +220,7 @@ def test_on_flowers_simulation(flower, tmp_path):
 
 
 @pytest.mark.slow  # three processes
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_flower_as_processes_on_loopback(flower, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -279,6 +282,7 @@ client = flower.client_app(flower.Cohort(CONFIG))
 
 
 @pytest.mark.slow  # a SuperLink, two SuperNodes, and what they start
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_a_superlink_with_two_supernodes(flower, tmp_path):
     app, home, path = tmp_path / "app", tmp_path / "home", tmp_path / "told.npz"
     app.mkdir()

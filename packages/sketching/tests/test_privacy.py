@@ -216,6 +216,7 @@ def test_calibration_inverts_the_accountant():
     assert ours.epsilon(1e-5) <= epsilon < less.epsilon(1e-5)
     # the theorem's composition asks for more noise at the same epsilon
     assert privacy.theorem_sigma(epsilon, 1e-5, 0.1, 5, 20) > noise
+    assert 0 < privacy.theorem_sigma(3000.0, 1e-5, 0.1, 5, 100) < noise
 
 
 def test_classical_and_advanced_by_hand():

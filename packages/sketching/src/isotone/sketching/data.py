@@ -80,9 +80,11 @@ def load(source: str) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = np.asarray(file["x"], np.float32), np.asarray(file["y"])
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"expected arrays x and y in {source!r}: {error}") from None
-    if len(x) != len(y) or len(x) < 10 or y.ndim != 1:
+    if x.ndim < 2 or y.ndim != 1:
+        raise InputError(f"expected x (n, ...) and y (n,) in {source!r}, got shapes {x.shape} and {y.shape}")
+    if len(x) != len(y) or len(x) < 10:
         raise InputError(f"expected as many labels as examples, 10 or more, in {source!r}, got {len(y)} and {len(x)}")
     if not np.isfinite(x).all():
         raise InputError(f"expected finite examples in {source!r}, got NaN or infinity")

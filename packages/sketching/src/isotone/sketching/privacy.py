@@ -90,7 +90,6 @@ def noised_gradient(
 def with_noise(tree: Any, key: Array, deviation: Array | float) -> Any:
     """The tree with normal noise of that deviation on every number; `key` is to be its owner's alone."""
     leaves, structure = jax.tree.flatten(tree)
-    # one draw for all leaves: half as long to compile as one for each
     drawn = jax.random.normal(key, (sum(leaf.size for leaf in leaves),))
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     noised = [
@@ -273,7 +272,8 @@ def theorem_sigma(
     if not 0 < rate <= 1:
         raise InputError(f"expected a sampling rate in (0, 1], got {rate}")
     steps, slack = local_steps * rounds, delta / 2
-    low, high = 0.0, epsilon
+    # beyond 700 e^eps overflows, and a step is as good as without noise
+    low, high = 0.0, min(epsilon, 700.0)
     for _ in range(200):
         middle = (low + high) / 2
         if advanced_composition(middle, 0.0, steps, slack)[0] <= epsilon:
