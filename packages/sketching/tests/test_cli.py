@@ -29,7 +29,8 @@ def test_train_says_what_was_sent_and_spent(tmp_path):
     x = rng.normal(size=(80, 3))
     np.savez(tmp_path / "mine.npz", x=x, y=(x[:, 0] > 0).astype(int))
     mine = ["train", "--data", "mine.npz", "--ratio", "2", *SMALL]
-    found = run(tmp_path, *mine, "--out", "plain", "--eta-g", "0.5")
+    found = run(tmp_path, *mine, "--out", "plain", "--eta-g", "0.5", "--kind", "countsketch", "--ordered")
+    assert json.loads((tmp_path / "plain" / "history.json").read_text())["config"]["ordered"] is True
     assert found["bytes up, a client's round"] == 16 and found["bytes up"] == 16 * 3 * 4 == found["bytes down"]
     assert 0 <= found["test accuracy (%)"] <= 100
     private = run(tmp_path, *mine, "--out", "private", "--noise", "2", "--sampling", "0.2")

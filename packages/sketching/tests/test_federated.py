@@ -163,6 +163,18 @@ def test_a_step_that_is_not_shrunk_diverges_and_a_fixed_sketch_stalls():
     assert gap_after(safe, False) > 0.3 * begin
 
 
+@pytest.mark.parametrize("kind", ["countsketch", "srht-replace"])
+def test_ordered_sums_are_the_same_without_a_scatter(kind):
+    """That of a round's sketch, and that of its desk: no addition whose order a GPU leaves open."""
+    pair = [fed_algorithm(squares, start(), kind=kind, ratio=2.0, ordered=o).compressor.sketch for o in (True, False)]
+    assert [sketch.blocks[0].ordered for sketch in pair] == [True, False]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(16), jnp.float32)
+    there, plain = (lambda v, s=s: s.desk(3, s.sk(3, v)) for s in pair)
+    assert np.allclose(jax.jit(there)(x), jax.jit(plain)(x), atol=1e-5)
+    scatters = ["scatter" in str(jax.make_jaxpr(function)(x)) for function in (there, plain)]
+    assert scatters == [False, True]
+
+
 def test_theory():
     problem = theory.Problem(2.0, 0.5, 3.0)
     assert problem.step == pytest.approx(1 / 8) and problem.convex_step == pytest.approx(1 / 16)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from isotone.shared.errors import InputError
-from isotone.sketching import training
+from isotone.sketching import sketches, training
 from isotone.sketching.ledger import Ledger
 from isotone.sketching.models import make_model
 from isotone.sketching.training import RunConfig, make_compressor, prepare, train
@@ -90,6 +90,7 @@ def test_a_private_run_says_what_it_costs(tmp_path):
     assert said["rounds"] == max(taken.count(client) for client in range(4)) and said["releases"] == 2 * said["rounds"]
     assert said["noise_multiplier"] == 2.0 and said["clip"] == 0.5 and said["delta"] == 1e-4
     assert 0.1 < said["epsilon_rdp"] < 5 and "one example" in said["adjacency"] and "Poisson" in said["sampling"]
+    assert "number of examples is public" in said["adjacency"], "steps are divided by it"
     if said["epsilon_pld"] is not None:
         assert said["epsilon_pld"] <= said["epsilon_rdp"] * 1.001, "losses' distributions are tighter"
     assert all(row["loss"] is None for row in history), "a loss would be a release"
@@ -103,6 +104,40 @@ def test_a_private_run_says_what_it_costs(tmp_path):
     key.unlink()
     with pytest.raises(InputError, match="noise"):
         train(config, tmp_path, every=3)
+
+
+def test_a_private_run_needs_a_seed_of_its_own():
+    """Nothing is drawn from a seed that anybody could guess."""
+    private = dataclasses.replace(SMALL, noise=1.0)
+    with pytest.raises(InputError, match="seed of a private run's noise"):
+        prepare(private)
+    assert prepare(private, 3).privacy.noise == 1.0 and prepare(SMALL).privacy is None
+
+
+def test_sums_are_ordered_where_it_matters(monkeypatch):
+    """On a GPU unless told otherwise, elsewhere when asked."""
+
+    def found(**changes):
+        config = RunConfig(kind="countsketch", **changes)
+        return make_compressor(config, LINEAR).sketch.blocks[0].ordered
+
+    assert found(ordered=True) and not found() and not sketches.on_gpu()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert sketches.on_gpu() and found() and not found(ordered=False)
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert not sketches.on_gpu() and not found()
+
+
+@pytest.mark.gpu
+def test_a_stopped_run_ends_as_the_whole_one_on_a_gpu(tmp_path):  # pragma: no cover - needs a GPU
+    """Where sums are ordered, to 1e-4 of the largest weight."""
+    config = dataclasses.replace(SMALL, rounds=20, kind="countsketch")
+    with jax.default_device(jax.devices("gpu")[0]):
+        whole = train(config, tmp_path / "whole", every=5)
+        stopped(config, tmp_path / "stopped", 2, every=5)
+        resumed = train(config, tmp_path / "stopped", every=5)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-4 * np.abs(np.asarray(a)).max()
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from isotone.sketching.exchange import Loopback, measure_bytes, read_exactly
 from isotone.sketching.integer import IntegerCode, IntegerSketch
 from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.trees import tree_sketch
-from isotone.sketching.wire import HEADER, Expected, Inbox, Message, decode, encode
+from isotone.sketching.wire import HEADER, Expected, Message, decode, encode
 
 PARAMS = {"1": {"w": jnp.zeros((20, 12)), "b": jnp.zeros(12)}, "2": {"w": jnp.zeros((12, 5)), "b": jnp.zeros(5)}}
 D = 317
@@ -121,15 +121,6 @@ def test_what_is_not_whole_is_refused(change, words):
 def test_what_is_not_meant_is_refused(expected, words):
     with pytest.raises(InputError, match=words):
         decode(encode(message()), expected)
-
-
-def test_a_message_counts_once():
-    inbox = Inbox(Expected("sketch", round=4))
-    first = inbox.take(encode(message()))
-    with pytest.raises(InputError, match="client 2 in round 4"):
-        inbox.take(encode(message(values=np.ones(7, np.float32))))
-    inbox.take(encode(message(client=0)))
-    assert inbox.found[2] is first and set(inbox.found) == {0, 2}
 
 
 @pytest.mark.parametrize(

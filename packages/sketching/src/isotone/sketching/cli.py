@@ -90,6 +90,7 @@ def train(
     size: Size = None,
     dtype: Dtype = "float32",
     per_leaf: Annotated[bool, Opt("--per-leaf", help="a sketch of each leaf")] = False,
+    ordered: Annotated[bool | None, Opt(help="sums in a fixed order, for a sort; on a GPU if not given")] = None,
     eta_g: EtaG = "auto",
     server_opt: ServerOpt = "sgd",
     server_rate: ServerRate = 1.0,
@@ -105,9 +106,9 @@ def train(
         config = RunConfig(
             data=data, model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, straggle=straggle, weigh=weigh,
-            arm=arm, kind=kind, ratio=ratio, size=size, dtype=dtype, per_leaf=per_leaf, eta_g=_step(eta_g),
-            server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip, sampling=sampling,
-            delta=delta, seed=_one_seed(run),
+            arm=arm, kind=kind, ratio=ratio, size=size, dtype=dtype, per_leaf=per_leaf, ordered=ordered,
+            eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip,
+            sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
         run.out.mkdir(parents=True, exist_ok=True)
         with progress.bar(arm, rounds, run.silent) as bar:
@@ -193,10 +194,10 @@ def server(
                 round_done=lambda t, heard: bar.advance(1, heard=heard),
             )
         events = {f"messages {name}": count for name, count in report.events.items() if count}
-        heard = sum(map(len, report.heard)) / max(1, len(report.heard))
+        known = [len(heard) for heard in report.heard if heard is not None]
         return {
             "rounds": len(report.heard),
-            "clients heard in a round": round(heard, 2),
+            "clients heard in a round": round(sum(known) / max(1, len(known)), 2),
             **events,
             "written": str(run.out / "ledger.json"),
         }
@@ -211,10 +212,12 @@ def client(
     port: Annotated[int, Opt(help="the server's port")] = 8765,
     data: Annotated[str, Opt(help="digits (its share of them), or an .npz of its own")] = "digits",
     patience: Annotated[float, Opt(help="seconds without a server before it gives up")] = 60.0,
+    epsilon: Annotated[float | None, Opt(help="the most that the server's plan may cost in all its rounds")] = None,
+    delta: Annotated[float, Opt(help="of --epsilon")] = 1e-5,
 ) -> dict:
     """Take part in the rounds of a server, with examples that stay here; comes back when the line breaks."""
     with _on(run.device):
-        config = ClientConfig(client, host, port, clients, data, patience)
+        config = ClientConfig(client, host, port, clients, data, patience, epsilon, delta)
         with progress.bar(f"client {client}", None, run.silent) as bar:
             done = run_client(config, run.out, run.resume, advanced=lambda t: bar.advance(1))
         found: dict[str, Any] = {
@@ -225,6 +228,7 @@ def client(
         }
         if done.privacy is not None:
             found["epsilon"] = f"{done.privacy['epsilon_rdp']:.4g} at delta {done.privacy['delta']:g}"
+            found["trust"] = done.privacy["trust"]
         return {**found, "written": str(run.out / "params.safetensors")}
 
 

@@ -19,9 +19,9 @@ from jax import Array
 from isotone.shared.errors import InputError
 from isotone.sketching.compressors import Compressor, Plain, Sketched
 from isotone.sketching.data import ClientData
-from isotone.sketching.federated import FedAlgorithm
+from isotone.sketching.federated import FedAlgorithm, round_keys
 from isotone.sketching.rounding import RoundedSketch
-from isotone.sketching.training import round_keys
+from isotone.sketching.training import RunConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,26 @@ def message_size(compressor: Compressor) -> int:
     if isinstance(compressor, Sketched | RoundedSketch):
         return compressor.sketch.s
     raise InputError(f"expected updates that can be added unseen, got {type(compressor).__name__}")
+
+
+def check_carried(config: RunConfig) -> None:
+    """Raises `InputError` on what is drawn or weighed in a simulation alone: stragglers, which are real elsewhere, and
+    clients that count by size, which a server that sees sketches does not know."""
+    if config.straggle:
+        raise InputError(f"expected no drawn stragglers over a network, got straggle {config.straggle}")
+    if config.weigh != "equal":
+        raise InputError(f"expected clients of equal weight over a network, got weigh {config.weigh!r}")
+
+
+def check_flower(config: RunConfig) -> None:
+    """Raises `InputError` on what a run on Flower can not do: also the private mode, whose clients need noise of their
+    own and a note of what they have answered, and numbers of fewer bits, since Flower carries NumPy's arrays."""
+    check_carried(config)
+    if config.private:
+        noise = f"epsilon {config.epsilon}" if config.noise is None else f"noise {config.noise}"
+        raise InputError(f"expected a run that is not private on Flower, got {noise}: `client` keeps a seed of its own")
+    if config.dtype != "float32":
+        raise InputError(f"expected numbers of float32 on Flower, got {config.dtype}")
 
 
 def make_steps(algorithm: FedAlgorithm, params: Any, key: Array) -> Steps:
@@ -132,6 +152,16 @@ class Work:
         self.round = int(arrays[-1])
 
 
+def mean_of(messages: Mapping[Any, np.ndarray], t: int) -> np.ndarray:
+    """The mean (s,) of round t's messages, added in the order of their names: who was first changes nothing. Raises
+    `InputError` where their sum is not finite."""
+    with np.errstate(over="ignore"):
+        total = np.sum([messages[name] for name in sorted(messages)], 0, dtype=np.float32)
+    if not np.isfinite(total).all():
+        raise InputError(f"expected updates whose sum is finite, got infinity in round {t}")
+    return np.asarray(total / np.float32(len(messages)), np.float32)
+
+
 @dataclass
 class Means:
     """The server's half: the means of all rounds of `s` numbers, and up to where each client was told of them."""
@@ -153,13 +183,12 @@ class Means:
     def add(self, messages: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, list[str]]:
         """The round's mean, kept, and who was not counted: those of another size or with numbers that are not finite.
 
-        None, and nothing kept, where nobody is left. In the order of names, so that who was first changes nothing.
+        None, and nothing kept, where nobody is left. Raises `InputError` as `mean_of`.
         """
         good = {name: m for name, m in messages.items() if m.shape == (self.s,) and np.isfinite(m).all()}
         bad = sorted(set(messages) - set(good))
         if not good:
             return None, bad
-        total = np.sum([good[name] for name in sorted(good)], 0, dtype=np.float32)
-        mean = np.asarray(total / np.float32(len(good)), np.float32)
+        mean = mean_of(good, len(self.history))
         self.history.append(mean)
         return mean, bad

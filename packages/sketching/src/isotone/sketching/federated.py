@@ -126,7 +126,7 @@ class FedAlgorithm:
         heard the weights stay."""
         clients, config = len(data), self.config
         m = config.participants or clients
-        chosen, late, local_key, wire_key = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        chosen, late, local_key, wire_key = round_keys(key, state.round)
         taken = jnp.arange(clients) if m == clients else jax.random.choice(chosen, clients, (m,), replace=False)
         update_fn = self.local_update or self.local
 
@@ -177,6 +177,11 @@ class FedAlgorithm:
         return sketch.desk(t, self._split(share, False)(deltas, weights))
 
 
+def round_keys(key: Array, t: int | Array) -> Array:
+    """The four keys of round t: who takes part, who is late, local steps, wire."""
+    return jax.random.split(jax.random.fold_in(key, t), 4)
+
+
 def run(algorithm: FedAlgorithm, state: FedState, key: Array, data: ClientData, rounds: int) -> Any:
     """`(state, infos)` after so many rounds, one scan: keys come from `key` and the state's round, so that rounds run
     in two calls are those of one."""
@@ -192,6 +197,7 @@ def fed_algorithm(
     ratio: float = 10.0,
     seed: int = 0,
     per_leaf: bool = False,
+    ordered: bool | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
     server_opt: optax.GradientTransformation | None = None,
@@ -201,10 +207,10 @@ def fed_algorithm(
     """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`.
 
     `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. `mesh`:
-    see `FedAlgorithm`. Raises `InputError` where the compressor is for another number of weights, on a dtype beside
-    one, and on whole numbers that are to be weighed by size.
+    see `FedAlgorithm`. `ordered`: of that sketch, as `tree_sketch`. Raises `InputError` where the compressor is for
+    another number of weights, on a dtype beside one, and on whole numbers that are to be weighed by size.
     """
-    tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf)
+    tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf, ordered=ordered)
     if compressor is not None and dtype != "float32":
         raise InputError(f"expected a compressor or a dtype, got {type(compressor).__name__} and {dtype}")
     sketched: Compressor = Sketched(tree) if dtype == "float32" else RoundedSketch(tree, dtype)

@@ -1,13 +1,15 @@
 """The private mode: clipped per-example gradients, Gaussian noise, and what K T releases of it cost (section 2.6).
 
-Adjacency: add or remove one example. Trust: local by default, every client noises its own steps before anything leaves
-it, so that sketching, averaging and desketching are post-processing and cost nothing. Sampling is Poisson, as is
-accounted for. Noise comes from a key of the client's own, never from the sketch's seed; `jax.random` is not a
-cryptographic source, and a seed of it has 32 bits.
+Adjacency: add or remove one example; how many a client has is public and stays, since its steps are divided by it.
+Trust: local by default, every client noises its own steps before anything leaves it, so that sketching, averaging and
+desketching are post-processing and cost nothing. Sampling is Poisson, as is accounted for. Noise comes from a key of
+the client's own, never from the sketch's seed; `jax.random` is not a cryptographic source, and a seed of it has 32
+bits.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -336,6 +338,18 @@ class Accountant:
             event = dp_accounting.PoissonSampledDpEvent(self.rate, event)
         accountant.compose(event, self.releases)
         return float(accountant.get_epsilon(delta))
+
+
+def epsilons(rate: float, noise: float, releases: int, delta: float) -> tuple[float, float | None]:
+    """What `releases` cost at `delta`: by Renyi divergence, and by privacy loss distributions, None where dp-accounting
+    is not installed."""
+    accountant = Accountant(rate, noise, releases)
+    loose = accountant.epsilon(delta)
+    if not releases:
+        return loose, 0.0
+    if importlib.util.find_spec("dp_accounting") is None:
+        return loose, None
+    return loose, accountant.pld_epsilon(delta)
 
 
 def calibrate(epsilon: float, delta: float, rate: float, releases: int) -> float:

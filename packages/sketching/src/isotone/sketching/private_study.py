@@ -97,17 +97,12 @@ def private(
 def accounts(epsilon: float, delta: float, sampling: float, releases: int, noise: float) -> dict[str, Any]:
     """The accountants side by side: `rdp` and, where dp-accounting is installed, `pld`, the epsilons of `noise`; the
     multiplier `theorem` that the theorem's composition asks for at `epsilon`."""
-    accountant = privacy.Accountant(sampling, noise)
-    accountant.spend(releases)
-    try:
-        tight: float | None = accountant.pld_epsilon(delta)
-    except InputError:
-        tight = None
+    loose, tight = privacy.epsilons(sampling, noise, releases, delta)
     return {
         "delta": delta,
         "sampling": sampling,
         "releases": releases,
-        "rdp": accountant.epsilon(delta),
+        "rdp": loose,
         "pld": tight,
         "theorem": privacy.theorem_sigma(epsilon, delta, sampling, 1, releases),
     }

@@ -38,9 +38,9 @@ class Sketch:
     see `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1),
     "rand-k" (coordinates, scaled by d/s: a baseline), "identity".
 
-    `ordered`: "countsketch" and "sparse" add each row's numbers in an order that is always the same, for a sort of d
-    numbers; on a GPU, where otherwise whichever comes first is added first, it makes runs repeatable bit for bit. All
-    other kinds are.
+    `ordered`: "countsketch", "sparse" and what "srht-replace" gives back add numbers that meet in an order that is
+    always the same, for a sort; on a GPU, where otherwise whichever comes first is added first, it makes runs
+    repeatable bit for bit. All other kinds are.
 
     Raises `InputError` on an unknown kind, s below 1, s above d' for rows without replacement (above d for "rand-k"),
     q that does not divide s, and an identity with s other than d.
@@ -127,7 +127,8 @@ class Sketch:
         if self.kind == "identity":
             return y
         if self.kind.startswith("srht"):
-            spread = jnp.zeros(self.padded, y.dtype).at[self._rows(t)].add(y / math.sqrt(self.s))
+            add = _add_in_order if self.ordered and self.kind == "srht-replace" else _add
+            spread = add(self._rows(t), y / math.sqrt(self.s), self.padded)
             return (fwht(spread, transpose=True) * self._signs(t, self.padded, y.dtype))[: self.d]
         if self.kind == "rand-k":
             return jnp.zeros(self.d, y.dtype).at[self._rows(t)].set(y * math.sqrt(self.d / self.s))
@@ -215,12 +216,12 @@ class Sketch:
         return jax.lax.map(lambda number: tile(number) @ vector, jnp.arange(steps)).reshape(-1)[: self.s]
 
 
-def _add(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+def _add(rows: Int[Array, " n"], values: Float[Array, " n"], s: int) -> Float[Array, " s"]:
     """The sum of each row's values."""
     return jnp.zeros(s, values.dtype).at[rows].add(values)
 
 
-def _add_in_order(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+def _add_in_order(rows: Int[Array, " n"], values: Float[Array, " n"], s: int) -> Float[Array, " s"]:
     """The same with no scatter: sorted by rows, then sums over stretches of one row by a tree, always the same."""
     order = jnp.argsort(rows, stable=True)
     rows, values = rows[order], values[order]
@@ -232,6 +233,13 @@ def _add_in_order(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) ->
     ends = jnp.searchsorted(rows, jnp.arange(s), side="right")
     present = (ends > 0) & (rows[ends - 1] == jnp.arange(s))
     return jnp.where(present, sums[ends - 1], 0)
+
+
+def on_gpu() -> bool:
+    """Whether JAX computes on a GPU here, where `ordered` makes a difference."""
+    config: Any = jax.config
+    where = config.jax_default_device
+    return (jax.default_backend() if where is None else getattr(where, "platform", where)) in ("gpu", "cuda", "rocm")
 
 
 def make_sketch(

@@ -28,7 +28,7 @@ from isotone.shared.errors import InputError, check_count
 from isotone.sketching import federated
 from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK
 from isotone.sketching.data import ClientData, Dataset, deal, load
-from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm
+from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm, round_keys
 from isotone.sketching.ledger import Ledger
 from isotone.sketching.models import Model, make_model
 from isotone.sketching.privacy import PrivacyConfig, calibrate, private_local
@@ -46,7 +46,8 @@ class RunConfig:
     """`data`: "digits" or an .npz; `concentration` of the Dirichlet dealing (None: evenly); `local_steps` K on `batch`.
 
     `arm`: what travels, `ratio` times less than the weights up, or of `size` (s of a sketch, k, columns, rank or
-    levels). `kind`: of sketch; `dtype` of its numbers, of which there are `ratio` times fewer. `server` with
+    levels). `kind`: of sketch, `ordered` as `tree_sketch`; `dtype` of its numbers, of which there are `ratio` times
+    fewer. `server` with
     `server_rate`: what the server's update goes through. `epsilon` (for all rounds) or `noise` (its multiplier) switch
     the private mode on: `clip`, Poisson `sampling` and `delta` are its, and `batch` is not used. Raises `InputError` on
     what can not be meant.
@@ -69,6 +70,7 @@ class RunConfig:
     ratio: float = 10.0
     size: int | None = None
     per_leaf: bool = False
+    ordered: bool | None = None
     dtype: str = "float32"
     eta_g: str | float = "auto"
     server: str = "sgd"
@@ -151,7 +153,9 @@ def make_compressor(config: RunConfig, params: Any) -> Compressor:
         kind = "rand-k" if config.arm == "rand-k" else config.kind
         if size is not None and size > d:
             raise InputError(f"expected s of at most d = {d}, got {size}")
-        sketch = tree_sketch(params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf)
+        sketch = tree_sketch(
+            params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf, ordered=config.ordered
+        )
         return Sketched(sketch) if config.dtype == "float32" else RoundedSketch(sketch, config.dtype)
     if config.arm == "topk":
         # a place and a value for each number kept
@@ -186,8 +190,9 @@ class Setup:
     privacy: PrivacyConfig | None
 
 
-def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
-    """Data dealt, weights drawn, channel made. `noise_seed`: of the private mode's noise, nobody's to know."""
+def prepare(config: RunConfig, noise_seed: int | None = None) -> Setup:
+    """Data dealt, weights drawn, channel made. `noise_seed`: of the private mode's noise, nobody's to know. Raises
+    `InputError` on a private config without one."""
     dataset = load(config.data)
     dealt = deal(dataset.x, dataset.y, config.clients, config.concentration, config.seed)
     made = _made(config, dataset.x.shape[1:], dataset.classes, noise_seed)
@@ -195,7 +200,7 @@ def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
 
 
 @functools.lru_cache(maxsize=8)
-def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: int) -> Any:
+def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: int | None) -> Any:
     """(model, params, algorithm, key, privacy): the same objects for the same run, so that it is compiled once."""
     model = make_model(config.model, shape, classes, config.hidden)
     start, rounds = run_keys(config.seed)
@@ -204,11 +209,14 @@ def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: i
 
 
 def make_algorithm(
-    config: RunConfig, model: Model, params: Any, privacy: PrivacyConfig | None, noise_seed: int = 0
+    config: RunConfig, model: Model, params: Any, privacy: PrivacyConfig | None, noise_seed: int | None = None
 ) -> FedAlgorithm:
-    """The rounds of `config` for weights like `params`, of which nothing but shapes and types is looked at."""
+    """The rounds of `config` for weights like `params`, of which nothing but shapes and types is looked at. Raises
+    `InputError` on `privacy` without a seed of its noise: any that is fixed could be guessed."""
     local = None
     if privacy is not None:
+        if noise_seed is None:
+            raise InputError("expected a seed of a private run's noise, got none")
         local = private_local(model.loss, privacy, config.local_steps, config.rate, noise_seed)
     optimizers = {
         "sgd": lambda: optax.sgd(config.server_rate),
@@ -287,7 +295,7 @@ def train(
             store.clear()
         saved = load_latest(store.directory)
         begun = saved is not None
-        secret = own_noise_seed(folder, begun, noise_seed) if config.private else 0
+        secret = own_noise_seed(folder, begun, noise_seed) if config.private else None
         setup = prepare(config, secret)
         mine = _identity(setup, every)
         if saved is not None:
@@ -335,11 +343,6 @@ def late(key: Array, rounds: np.ndarray, m: int, straggle: float) -> np.ndarray:
         return np.zeros((len(rounds), m), bool)
     drawn = jax.vmap(lambda t: jax.random.uniform(round_keys(key, t)[1], (m,)))(jnp.asarray(rounds))
     return np.asarray(drawn < straggle)
-
-
-def round_keys(key: Array, t: int | Array) -> Array:
-    """The four keys of round t, as `FedAlgorithm.round` makes them: who takes part, who is late, local steps, wire."""
-    return jax.random.split(jax.random.fold_in(key, t), 4)
 
 
 def write(folder: Path, trained: Trained, config: RunConfig) -> None:

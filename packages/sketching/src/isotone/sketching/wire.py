@@ -168,23 +168,6 @@ def decode(data: bytes, expected: Expected | None = None) -> Message:
     return Message(**{**head, "values": values, "places": where, "scale": scale})
 
 
-@dataclass
-class Inbox:
-    """What has come of one round: the first message of each client counts, and no other."""
-
-    expected: Expected
-    found: dict[int, Message] = field(default_factory=dict)
-
-    def take(self, data: bytes) -> Message:
-        """The message, kept. Raises `InputError` as `decode`, and on a second one of the same client and round, whose
-        bytes change nothing."""
-        message = decode(data, self.expected)
-        if message.client in self.found:
-            raise InputError(f"expected one message of client {message.client} in round {message.round}, got another")
-        self.found[message.client] = message
-        return message
-
-
 def bits_of(levels: int) -> int:
     """Bits of a number of 2 `levels` + 1 values."""
     return math.ceil(math.log2(2 * levels + 1))
