@@ -39,7 +39,7 @@ def test_train_says_what_was_sent_and_spent(tmp_path):
         *("checkpoints", "params.safetensors", "history.json", "ledger.json", "noise.key")
     }
     refused = run_cli(app, [*mine, "--out", "plain", "--rate", "0.1"], tmp_path)
-    assert refused.code == 2 and "eta_g" in refused.stderr and "rate" in refused.stderr
+    assert refused.code == 2 and "holds one of rate 0.5" in refused.stderr
 
 
 def test_a_killed_training_resumes_bit_for_bit(tmp_path):
