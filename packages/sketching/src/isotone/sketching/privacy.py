@@ -156,7 +156,11 @@ def private_client(
 
 def _own_key(seed: int | Array, client: Array, key: Array) -> Array:
     """A client's own key of a round: of the seed it alone knows; the round's public key only tells rounds apart."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), client), jax.random.bits(key))
+    own = jax.random.fold_in(jax.random.key(seed), client)
+    # all of the public key: two rounds of equal noise would show the difference of their updates
+    for word in jax.random.key_data(key).reshape(-1):
+        own = jax.random.fold_in(own, word)
+    return own
 
 
 def sketch_noise(noise: float, d: int, s: int) -> float:
