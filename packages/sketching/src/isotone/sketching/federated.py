@@ -88,7 +88,9 @@ class FedAlgorithm:
     config: FedConfig
     server_opt: optax.GradientTransformation
     local_update: Callable[..., Any] | None = None
-    """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local SGD (private steps)."""
+    """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local steps (private ones)."""
+    client_opt: optax.GradientTransformation | None = None
+    """Of the local steps, its state new in every round; SGD of `config.rate` where there is none."""
     mesh: Mesh | None = None
     """Devices that the participants of a round are split over. Each holds the weights and all examples; of a sketched
     round s numbers pass between them, one sum, and of other arms the updates. The same round as without, up to the
@@ -107,18 +109,20 @@ class FedAlgorithm:
         return self.compressor.scale if self.config.eta_g == "auto" else float(self.config.eta_g)
 
     def local(self, params: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
-        """K steps of SGD on one client: the difference they made, and the first batch's loss."""
-        config = self.config
+        """K steps on one client: the difference they made, and the first batch's loss."""
+        config, tx = self.config, self.client_opt or optax.sgd(self.config.rate)
 
-        def step(carry: Any, number: Array) -> tuple[Any, Array]:
+        def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
+            now, state = carry
             if config.batch:
                 x, y = batch_of(data, jax.random.fold_in(key, number), client, config.batch)
-                loss, gradient = jax.value_and_grad(self.loss_fn)(carry, x, y)
+                loss, gradient = jax.value_and_grad(self.loss_fn)(now, x, y)
             else:
-                loss, gradient = jax.value_and_grad(_whole(self.loss_fn))(carry, data, client)
-            return jax.tree.map(lambda p, g: p - config.rate * g, carry, gradient), loss
+                loss, gradient = jax.value_and_grad(_whole(self.loss_fn))(now, data, client)
+            updates, state = tx.update(gradient, state, now)
+            return (optax.apply_updates(now, updates), state), loss
 
-        after, losses = jax.lax.scan(step, params, jnp.arange(config.local_steps))
+        (after, _), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(config.local_steps))
         return jax.tree.map(jnp.subtract, after, params), losses[0]
 
     def round(self, state: FedState, key: Array, data: ClientData) -> tuple[FedState, RoundInfo]:
@@ -199,28 +203,35 @@ def fed_algorithm(
     per_leaf: bool = False,
     ordered: bool | None = None,
     dtype: str = "float32",
+    one_way: bool = False,
     mesh: Mesh | None = None,
     server_opt: optax.GradientTransformation | None = None,
+    client_opt: optax.GradientTransformation | None = None,
     local_update: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> FedAlgorithm:
-    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`.
+    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`,
+    both ways or, `one_way`, up only.
 
-    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. `mesh`:
-    see `FedAlgorithm`. `ordered`: of that sketch, as `tree_sketch`. Raises `InputError` where the compressor is for
-    another number of weights, on a dtype beside one, and on whole numbers that are to be weighed by size.
+    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's.
+    `client_opt`: of the local steps, SGD of `rate` where none is given. `mesh`: see `FedAlgorithm`. `ordered`: of that
+    sketch, as `tree_sketch`. Raises `InputError` where the compressor is for another number of weights, on a dtype
+    beside one, and on whole numbers that are to be weighed by size.
     """
     tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf, ordered=ordered)
-    if compressor is not None and dtype != "float32":
-        raise InputError(f"expected a compressor or a dtype, got {type(compressor).__name__} and {dtype}")
-    sketched: Compressor = Sketched(tree) if dtype == "float32" else RoundedSketch(tree, dtype)
+    if compressor is not None and (dtype != "float32" or one_way):
+        raise InputError(f"expected a compressor or how to send a sketch, got {type(compressor).__name__} and "
+                         f"{'one way' if one_way else dtype}")  # fmt: skip
+    sketched: Compressor = Sketched(tree, one_way=one_way)
+    if dtype != "float32":
+        sketched = RoundedSketch(tree, dtype, one_way=one_way)
     channel = sketched if compressor is None else compressor
     if channel.d != tree.d:
         raise InputError(f"expected a compressor for {tree.d} numbers, got one for {channel.d}")
     config = FedConfig(**settings)
     if isinstance(channel, IntegerSketch) and config.weigh != "equal":
         raise InputError(f"expected clients that weigh alike for sums of whole numbers, got weigh {config.weigh!r}")
-    return FedAlgorithm(loss_fn, channel, tree, config, server_opt or optax.sgd(1.0), local_update, mesh)
+    return FedAlgorithm(loss_fn, channel, tree, config, server_opt or optax.sgd(1.0), local_update, client_opt, mesh)
 
 
 def _whole(loss_fn: LossFn) -> Callable[..., Array]:
