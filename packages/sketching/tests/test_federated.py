@@ -9,7 +9,18 @@ import reference
 
 from isotone.shared.errors import InputError
 from isotone.sketching import data, theory
-from isotone.sketching.compressors import QSGD, FetchSGD, Plain, PowerSGD, Sketched, TopK, mean, top_k
+from isotone.sketching.compressors import (
+    QSGD,
+    FetchSGD,
+    Plain,
+    PowerSGD,
+    Sketched,
+    TopK,
+    compressor_of,
+    mean,
+    told,
+    top_k,
+)
 from isotone.sketching.federated import FedConfig, fed_algorithm, run
 from isotone.sketching.models import make_model
 from isotone.sketching.sketches import make_sketch
@@ -217,6 +228,9 @@ def test_top_k_with_error_feedback_loses_nothing():
     unheard = combine(jnp.int32(0), jax.random.key(0), deltas, jnp.array([1.0, 0.0]), clients, server)
     assert jnp.allclose(unheard.clients[1], clients[1] + deltas[1])
     assert compressor.bytes_up == 8 and compressor.bytes_down == 16
+    # down goes one place where all send the same, and after a round in which nobody was heard as much as can be
+    alike = combine(jnp.int32(0), jax.random.key(0), deltas, weights, *compressor.init(2)).server
+    assert told(compressor, alike) == 8 and told(compressor, compressor.init(2)[1]) == 16
 
 
 def test_powersgd_of_full_rank_is_exact_and_loses_nothing():
@@ -246,10 +260,15 @@ def test_qsgd_is_unbiased_and_of_few_values():
     assert (np.abs(drawn.mean(0) - x) < 5 * drawn.std(0) / 4000**0.5 + 1e-6).all()
     values = np.unique(np.round(np.abs(drawn) / np.linalg.norm(x), 5))
     assert set(values.tolist()) <= {0.0, 0.5, 1.0}
-    assert compressor.bits == 3 and compressor.bytes_up == 3 + 4
+    assert compressor.bytes_up == 3 + 4 and compressor.messages == 1
     moment = float(np.mean(np.sum(drawn**2, 1)) / np.sum(x**2))
     assert 1 < moment <= 1 / compressor.scale + 0.05
     assert not np.asarray(quantize(jax.random.key(0), jnp.zeros(8))).any()
+    # each bucket by its own norm: what is small beside a large one is not lost
+    apart = QSGD(6, 1, 4)
+    found = np.asarray(apart.quantize(jax.random.key(1), jnp.array([300.0, 0.0, 0.0, 400.0, 0.0, -1.0])))
+    assert found[5] == -1 and set(np.abs(found[:4])) <= {0.0, 500.0}
+    assert apart.bytes_up == 2 + 4 + 8 and apart.messages == 2 and apart.scale == 1 / 3
 
 
 def test_fetchsgd_finds_what_is_heavy():
@@ -273,6 +292,33 @@ def test_fetchsgd_finds_what_is_heavy():
     assert compressor.bytes_up == 4 * 1000 and compressor.bytes_down == 40
 
 
+def test_what_was_sent_down_has_no_momentum_left():
+    """Both coordinates are in the one cell that there is, of opposite signs that would cancel."""
+    compressor = FetchSGD(2, k=2, columns=1, rows=1, seed=next(s for s in range(64) if _opposite(s)))
+    state, combine = compressor.init(1), jax.jit(compressor.combine)
+    found = combine(jnp.int32(0), jax.random.key(0), jnp.array([[1.0, 3.0]]), jnp.ones(1), *state)
+    assert np.abs(found.update).min() > 0 and not np.asarray(found.server[0]).any()
+
+
+def _opposite(seed):
+    return float(jnp.prod(FetchSGD(2, 1, 1, 1, seed=seed)._hash()[1])) == -1
+
+
+def test_local_steps_by_another_optimizer():
+    """Three steps of Adam, its moments new in every round, as optax makes them by hand."""
+    dealt, tx = points(clients=1), optax.adam(0.1)
+    algorithm = fed_algorithm(squares, start(), kind="identity", local_steps=3, batch=0, client_opt=tx)
+    state, step = algorithm.init(start(), 1), jax.jit(algorithm.round)
+    wanted, centre = jnp.zeros(16), np.asarray(dealt.x[0]).mean(0)
+    for _ in range(2):
+        state, _ = step(state, jax.random.key(0), dealt)
+        moments = tx.init(wanted)
+        for _ in range(3):
+            update, moments = tx.update(wanted - centre, moments)
+            wanted = wanted + update
+        assert np.allclose(state.params["w"], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -281,6 +327,8 @@ def test_fetchsgd_finds_what_is_heavy():
         lambda: FetchSGD(4, 1, 3, momentum=1.0),
         lambda: PowerSGD(((2, 2),), 0),
         lambda: QSGD(4, 0),
+        lambda: QSGD(4, 1, 0),
+        lambda: compressor_of("pigeons", start()),
         lambda: FedConfig(local_steps=0),
         lambda: FedConfig(rate=float("nan")),
         lambda: FedConfig(straggle=1.0),
@@ -288,6 +336,7 @@ def test_fetchsgd_finds_what_is_heavy():
         lambda: FedConfig(eta_g="large"),
         lambda: FedConfig(weigh="age"),
         lambda: fed_algorithm(squares, start(), Plain(3)),
+        lambda: fed_algorithm(squares, start(), Plain(16), one_way=True),
     ],
 )
 def test_settings_that_mean_nothing(make):

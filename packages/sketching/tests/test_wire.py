@@ -175,13 +175,14 @@ SHAPES = tuple(leaf.shape for leaf in jax.tree.leaves(PARAMS))
         Sketched(tree_sketch(PARAMS, ratio=8.0)),
         Sketched(tree_sketch(PARAMS, "countsketch", ratio=8.0, per_leaf=True)),
         Sketched(tree_sketch(PARAMS, "rand-k", ratio=8.0)),
-        TopK(D, 20, 2),
+        TopK(D, 60, 2),
         TopK(D, 150, 2),
         FetchSGD(D, 10, 15, rows=3),
         PowerSGD(SHAPES, 2),
         PowerSGD(SHAPES, 100),
         QSGD(D, 1),
-        QSGD(D, 5),
+        QSGD(D, 5, 1000),
+        Sketched(tree_sketch(PARAMS, "rand-k", ratio=8.0), one_way=True),
         RoundedSketch(tree_sketch(PARAMS, ratio=8.0), "bfloat16"),
         RoundedSketch(tree_sketch(PARAMS, "countsketch", ratio=8.0), "int8"),
         IntegerSketch(tree_sketch(PARAMS, ratio=8.0), IntegerCode(100.0, 3)),
@@ -191,14 +192,20 @@ SHAPES = tuple(leaf.shape for leaf in jax.tree.leaves(PARAMS))
 def test_bytes_at_the_socket_are_those_of_the_formula(compressor):
     """And what arrived gives every client the update that `combine` says."""
     found = measure_bytes(compressor, clients=3 if isinstance(compressor, IntegerSketch) else 2)
+    if getattr(compressor, "one_way", False):
+        assert found.down == 4 * D and found.up < D
     assert found.up == found.formula_up
-    if isinstance(compressor, TopK):
-        # the formula is the most that the union of the clients' places can be
-        assert found.formula_down / 2 < found.down <= found.formula_down
-    else:
-        assert found.down == found.formula_down
+    assert found.down == found.formula_down <= compressor.bytes_down
+    assert (found.down < compressor.bytes_down) == (isinstance(compressor, TopK) and compressor.k == 60)
     assert found.error < 1e-5
-    assert found.headers == HEADER * (4 if isinstance(compressor, PowerSGD) and compressor.rank == 2 else 2)
+    assert found.headers == HEADER * 2 * compressor.messages
+
+
+def test_numbers_of_fewer_bits_one_way():
+    compressor = RoundedSketch(tree_sketch(PARAMS, ratio=8.0), "int8", one_way=True)
+    y = jnp.arange(40.0)
+    assert (compressor.bytes_up, compressor.bytes_down) == (4 + 40, 4 * D)
+    assert compressor.down(jax.random.key(0), y) is y
 
 
 def test_a_compressor_without_messages_is_refused():

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from isotone.shared.data import sha256
 from isotone.shared.errors import InputError
 
 
@@ -54,6 +55,12 @@ class Dataset:
     test_y: np.ndarray
     classes: int
     name: str = "data"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples and labels."""
+        arrays = (self.x, self.y, self.test_x, self.test_y)
+        return sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
 
 
 def digits() -> Dataset:

@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.sketching.compiling import fast_jit
 
 MODELS = ("linear", "mlp", "cnn")
@@ -47,9 +47,11 @@ class Model:
 @functools.lru_cache(maxsize=64)
 def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32) -> Model:
     """ "linear"; "mlp", one hidden layer of sigmoid units; "cnn", two convolutions of 12 and 24 channels, each halving
-    the picture, and a linear layer (sigmoid units, as the attack's papers have). Raises `InputError` on another."""
+    the picture, and a linear layer (sigmoid units, as the attack's papers have). Raises `InputError` on
+    another, and on no unit."""
     if name not in MODELS:
         raise InputError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
+    check_count("hidden", hidden, 1)
     inputs = math.prod(shape)
 
     def dense(key: Array, a: int, b: int) -> dict[str, Array]:

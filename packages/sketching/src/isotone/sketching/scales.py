@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 from isotone.sketching.attack import AttackConfig
 from isotone.sketching.audit import AuditConfig
-from isotone.sketching.convergence import PROBLEMS
+from isotone.sketching.convergence import CONVEX, PROBLEMS
 from isotone.sketching.private_study import TRUSTS, PrivateSetting
-from isotone.sketching.study import Setting
+from isotone.sketching.study import KINDS as SKETCHES
+from isotone.sketching.study import OTHERS, Setting
 
 KINDS = ("gaussian", "ams", "countsketch", "countsketch-blocks", "sparse", "srht-replace", "srht")
 """Of the table of 1 + alpha."""
-ARMS = (
-    *("fedavg", "srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k"),
-    *("top-k", "fetchsgd", "powersgd", "qsgd"),
-)
+ARMS = ("fedavg", *SKETCHES, *OTHERS)
 _FREE = AttackConfig(restarts=2, bounded=False)
 """The specification's attack: it does not know that pixels lie in [0, 1]."""
 
@@ -23,7 +21,8 @@ _FREE = AttackConfig(restarts=2, bounded=False)
 @dataclass(frozen=True)
 class Scale:
     """`setting` of the federated problem and its `arms`; `draws` of the embedding of each of `kinds`; `curves`: (kind,
-    s) beside the bounds of `problems`, each the mean of `curve_draws`, and `sent`, those whose numbers are counted;
+    s) beside the bounds of `problems`, each the mean of `curve_draws`; `local_curves`: (problem, kind, s) of several
+    local steps; `sent`: sketches whose numbers are counted;
     `ablations`: whether to show what a fixed sketch and too large a step do;
     `audits` of plain messages and the `private_audit`, in which `control` is a noise that hides little; `private`
     training by each of `trusts` (where "local" is none of them the attacked noise is that of the last of its rounds).
@@ -37,6 +36,9 @@ class Scale:
     draws: int = 20_000
     problems: tuple[str, ...] = PROBLEMS
     curves: tuple[tuple[str, int], ...] = (("countsketch", 8), ("srht", 16), ("gaussian", 32), ("srht", 64))
+    local_curves: tuple[tuple[str, str, int], ...] = tuple(
+        (problem, kind, 32) for problem in CONVEX for kind in ("srht", "countsketch")
+    )
     sent: tuple[tuple[str, int], ...] = curves
     curve_draws: int = 20
     ablations: bool = True
@@ -63,6 +65,7 @@ SCALES = {
         kinds=(),
         problems=PROBLEMS[:1],
         curves=(("countsketch", 64),),
+        local_curves=(),
         sent=(),
         curve_draws=5,
         ablations=False,

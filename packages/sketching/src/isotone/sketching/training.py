@@ -26,7 +26,7 @@ from jax import Array
 from isotone.shared.checkpoint import Checkpoint, CheckpointStore, atomic_write, load_latest
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import federated
-from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK
+from isotone.sketching.compressors import Compressor, Sketched, compressor_of
 from isotone.sketching.data import ClientData, Dataset, deal, load
 from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm, round_keys
 from isotone.sketching.ledger import Ledger
@@ -34,7 +34,6 @@ from isotone.sketching.models import Model, make_model
 from isotone.sketching.privacy import PrivacyConfig, calibrate, private_local
 from isotone.sketching.rounding import RoundedSketch, payload
 from isotone.sketching.statement import own_noise_seed, privacy_statement
-from isotone.sketching.trees import tree_sketch
 from isotone.sketching.weights import save_weights
 
 ARMS = ("sketch", "plain", "topk", "fetchsgd", "powersgd", "qsgd", "rand-k")
@@ -141,39 +140,21 @@ class RunConfig:
 
 
 def make_compressor(config: RunConfig, params: Any) -> Compressor:
-    """What travels in a run of `config`: `ratio` times fewer bytes up than the weights have, as near as the arm comes.
-
-    Raises `InputError` as the arms do, where `size` is more than there are numbers, say.
-    """
-    leaves = jax.tree.leaves(params)
-    d, size, ratio, seed = sum(int(leaf.size) for leaf in leaves), config.size, config.ratio, config.seed
-    if config.arm == "plain":
-        return Plain(d)
-    if config.arm in ("sketch", "rand-k"):
-        kind = "rand-k" if config.arm == "rand-k" else config.kind
-        if size is not None and size > d:
-            raise InputError(f"expected s of at most d = {d}, got {size}")
-        sketch = tree_sketch(
-            params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf, ordered=config.ordered
-        )
-        return Sketched(sketch) if config.dtype == "float32" else RoundedSketch(sketch, config.dtype)
-    if config.arm == "topk":
-        # a place and a value for each number kept
-        kept = max(1, round(d / (2 * ratio))) if size is None else size
-        return TopK(d, kept, config.participants or config.clients)
-    if config.arm == "fetchsgd":
-        rows = 5
-        columns = max(1, round(d / (rows * ratio))) if size is None else size
-        return FetchSGD(d, max(1, min(d, rows * columns // 2)), columns, rows, seed=seed)
-    if config.arm == "powersgd":
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        if size is not None:
-            return PowerSGD(shapes, size, seed)
-        ranks = [PowerSGD(shapes, rank, seed) for rank in range(1, 65)]
-        fitting = [c for c in ranks if c.bytes_up * ratio <= 4 * d]
-        return max(fitting, key=lambda c: c.rank) if fitting else ranks[0]
-    bits = max(2, math.floor(32 / ratio))
-    return QSGD(d, (2**bits - 1) // 2 if size is None else size)
+    """What travels in a run of `config`: see `compressors.compressor_of`."""
+    made = compressor_of(
+        config.arm,
+        params,
+        ratio=config.ratio,
+        size=config.size,
+        kind=config.kind,
+        participants=config.participants or config.clients,
+        seed=config.seed,
+        per_leaf=config.per_leaf,
+        ordered=config.ordered,
+    )
+    if config.dtype != "float32" and isinstance(made, Sketched):
+        return RoundedSketch(made.sketch, config.dtype)
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +212,7 @@ def make_algorithm(
     )
 
 
-def run_keys(seed: int) -> tuple[Array, Array]:
+def run_keys(seed: int | Array) -> tuple[Array, Array]:
     """Of the first weights, and of the rounds: two that share nothing, made of one seed."""
     first, second = jax.random.split(jax.random.key(seed))
     return first, second
