@@ -41,6 +41,16 @@ def test_an_arm_takes_the_better_rate_and_sends_all_of_its_bytes(monkeypatch):
         study.compare(digits(), dataclasses.replace(SMALL, plain_rounds=1, ratio=1.0), "fetchsgd", (0,))
 
 
+def test_other_labels_are_other_data():
+    """Finished arms of the same pictures with other labels are not these."""
+    source = digits()
+    for name in ("x", "y", "test_x", "test_y"):
+        array = getattr(source, name).copy()
+        array[0] += 1
+        assert dataclasses.replace(source, **{name: array}).digest != source.digest
+    assert digits().digest == source.digest
+
+
 def test_top_k_is_charged_what_it_sends():
     """The places of the mean's numbers: many fewer than the most that there can be, where clients are alike."""
     setting = dataclasses.replace(SMALL, clients=20, concentration=None, plain_rounds=2, looks=50, rates=(1.0,))
