@@ -61,6 +61,16 @@ def test_a_stopped_run_ends_as_the_whole_one(changes, tmp_path):
     assert calls == [2, 2, 1] and files(tmp_path / "stopped") == before
 
 
+def test_the_ledger_of_top_k_has_what_was_told(tmp_path):
+    """Down go the places of the update that are not zero, a place and a number each, or all numbers."""
+    config = dataclasses.replace(SMALL, rounds=1, arm="topk", size=3)
+    trained = train(config, tmp_path, every=1)
+    start = make_model("linear", (8, 8, 1), 10).init(training.run_keys(config.seed)[0])
+    moved = sum(int((a != b).sum()) for a, b in zip(trained.params.values(), start.values(), strict=True))
+    assert 3 <= moved <= 3 * config.clients
+    assert trained.ledger.round_bytes(0) == (24 * config.clients, 8 * moved * config.clients)
+
+
 def test_what_a_run_writes(tmp_path):
     config = dataclasses.replace(SMALL, participants=3, straggle=0.3, rounds=6)
     trained = train(config, tmp_path, every=3)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.compressors import Compressor, Result, Sketched, mean
+from isotone.sketching.compressors import Compressor, Result, Sketched, mean, told
 from isotone.sketching.data import ClientData, batch_of
 from isotone.sketching.integer import IntegerSketch
 from isotone.sketching.rounding import RoundedSketch
@@ -41,12 +41,13 @@ class FedState(NamedTuple):
 
 class RoundInfo(NamedTuple):
     """`loss`: mean of the participants' first local batches; `taken`: who took part (m,), by number; `heard`: whose
-    update was counted; `norm` of the update."""
+    update was counted; `norm` of the update; `down`: bytes that each client is told of it."""
 
     loss: Array
     taken: Int[Array, " m"]
     heard: Array
     norm: Array
+    down: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class FedAlgorithm:
         step, optimizer = self.server_opt.update(jax.tree.map(jnp.negative, update), state.optimizer, state.params)
         params = optax.apply_updates(state.params, step)
         loss = jnp.sum(jnp.where(heard, losses, 0.0)) / jnp.maximum(jnp.sum(heard), 1)
-        info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update))
+        down = jnp.asarray(told(self.compressor, found.server), jnp.int32)
+        info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update), down)
         return FedState(params, state.round + 1, kept, found.server, optimizer), info
 
     def _split(self, function: Callable[..., Any], rows: bool) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from jax import Array
 
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching.compiling import fast_jit
-from isotone.sketching.compressors import FLOAT, Compressor, compressor_of, told
+from isotone.sketching.compressors import FLOAT, Compressor, compressor_of
 from isotone.sketching.data import ClientData, Dataset, deal
 from isotone.sketching.federated import fed_algorithm
 from isotone.sketching.models import MODELS, Model, make_model
@@ -140,7 +140,7 @@ def _curves(
         def round(carry: Any) -> Any:
             state, left, rounds, loss = carry
             state, info = algorithm.round(state, key, mine)
-            down = told(compressor, state.server) + HEADER * compressor.messages
+            down = info.down + HEADER * compressor.messages
             return state, left - up - down, rounds + 1, loss + info.loss
 
         def look(carry: Any, more: Array) -> tuple[Any, tuple[Array, ...]]:

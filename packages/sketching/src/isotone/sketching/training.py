@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -46,10 +45,9 @@ class RunConfig:
 
     `arm`: what travels, `ratio` times less than the weights up, or of `size` (s of a sketch, k, columns, rank or
     levels). `kind`: of sketch, `ordered` as `tree_sketch`; `dtype` of its numbers, of which there are `ratio` times
-    fewer. `server` with
-    `server_rate`: what the server's update goes through. `epsilon` (for all rounds) or `noise` (its multiplier) switch
-    the private mode on: `clip`, Poisson `sampling` and `delta` are its, and `batch` is not used. Raises `InputError` on
-    what can not be meant.
+    fewer. `server` with `server_rate`: what the server's update goes through. `epsilon` (for all rounds) or `noise`
+    (its multiplier) switch the private mode on: `clip`, Poisson `sampling` and `delta` are its, and `batch` is not
+    used. Raises `InputError` on what can not be meant.
     """
 
     data: str = "digits"
@@ -239,12 +237,14 @@ class _Log:
     heard: np.ndarray
     late: np.ndarray
     accuracy: np.ndarray
+    down: np.ndarray
 
     @classmethod
     def empty(cls, rounds: int, m: int) -> _Log:
         nan = np.full(rounds, np.nan, np.float32)
         none = np.zeros((rounds, m), bool)
-        return cls(nan, nan.copy(), np.zeros((rounds, m), np.int32), none, none.copy(), nan.copy())
+        whole = np.zeros((rounds, m), np.int32)
+        return cls(nan, nan.copy(), whole, none, none.copy(), nan.copy(), np.zeros(rounds, np.int32))
 
     def rejected(self, first: int, last: int) -> np.ndarray:
         """Who was on time, with numbers that are not finite."""
@@ -294,7 +294,7 @@ def train(
                 setup.algorithm, state, setup.key, (setup.data.x, setup.data.y, setup.data.size), end - begin
             )
             log.loss[begin:end] = np.asarray(infos.loss)
-            log.norm[begin:end] = np.asarray(infos.norm)
+            log.norm[begin:end], log.down[begin:end] = np.asarray(infos.norm), np.asarray(infos.down)
             log.taken[begin:end], log.heard[begin:end] = np.asarray(infos.taken), np.asarray(infos.heard)
             log.late[begin:end] = late(setup.key, np.arange(begin, end), m, config.straggle)
             log.accuracy[end - 1] = float(_accuracy(setup.model, state.params, *test))
@@ -339,11 +339,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _identity(setup: Setup, every: int) -> dict[str, Any]:
     """What makes another run of it: the settings, the chunks and the data themselves."""
-    digest = hashlib.sha256()
-    for array in (setup.dataset.x, setup.dataset.y, setup.dataset.test_x, setup.dataset.test_y):
-        digest.update(np.ascontiguousarray(array).tobytes())
     settings = json.loads(json.dumps(dataclasses.asdict(setup.config)))
-    return {**settings, "checkpoint_every": every, "sha256": digest.hexdigest()}
+    return {**settings, "checkpoint_every": every, "sha256": setup.dataset.digest}
 
 
 def _check_same(saved: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
@@ -382,7 +379,7 @@ def _finished(setup: Setup, state: FedState, log: _Log) -> Trained:
             ledger.sent_up(t, int(client), compressor.bytes_up)
         # everybody holds the weights, and so everybody is told the round's update
         for client in range(config.clients):
-            ledger.sent_down(t, client, compressor.bytes_down)
+            ledger.sent_down(t, client, int(log.down[t]))
         accuracy, loss = float(log.accuracy[t]), float(log.loss[t])
         history.append(
             {
