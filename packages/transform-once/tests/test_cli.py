@@ -191,7 +191,6 @@ TINY = scales.Task(
     ),
     TrainConfig(batch_size=8, epochs=2, schedule="cosine"),
     {"frames": 8},
-    tune_epochs=1,
     rollout=3,
     order=1,
 )

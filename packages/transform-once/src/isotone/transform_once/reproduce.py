@@ -33,7 +33,7 @@ from isotone.transform_once.speed import curve
 from isotone.transform_once.study import trained, tuned
 from isotone.transform_once.transforms import Transform
 
-VERSION = 3
+VERSION = 4
 FILES = {
     "darcy": ("darcy_train_16.npz", "darcy_test_16.npz"),
     "burgers": ("burgers_train_16.npz", "burgers_test_16.npz"),
@@ -142,16 +142,12 @@ def _rows(task: Task, fields: Fields, log: ArmLog, seeds: Sequence[int], run: Ru
     with progress.bar(task.name, len(arms) * (1 + len(seeds)), run.silent) as bar:
         for arm in arms:
             bar.advance(0, arm=arm.name, what="rate")
-            recipe = task.recipe
-            shorter = dataclasses.replace(recipe, epochs=task.tune_epochs or recipe.epochs)
-            rate = log.arm(
-                f"{task.name} {arm.name} rate",
-                partial(tuned, arm, train, valid, shorter, seconds=task.tune_seconds, device=where),
-            )["lr"]
+            tune = partial(tuned, arm, train, valid, task.recipe, seconds=task.seconds, device=where)
+            rate = log.arm(f"{task.name} {arm.name} rate", tune)["lr"]
             bar.advance(1)
             for seed in seeds:
                 bar.advance(0, arm=arm.name, what=f"seed {seed}")
-                own = dataclasses.replace(recipe, lr=rate, seed=seed)
+                own = dataclasses.replace(task.recipe, lr=rate, seed=seed)
                 finish = partial(
                     trained,
                     *(arm, train, valid, test, own),
