@@ -21,7 +21,7 @@ import numpy as np
 from isotone.shared import device, progress
 from isotone.shared.claims import ArmLog, Measurement, Report
 from isotone.shared.cli import Run
-from isotone.shared.data import local
+from isotone.shared.data import local, sha256
 from isotone.shared.errors import InputError
 from isotone.transform_once import claims, modes, peers, plots
 from isotone.transform_once.data import Fields, generate, load
@@ -115,7 +115,7 @@ def _at_hand(*names: str) -> Fields | None:
         return None
     found = [load(path) for path in paths if path is not None]
     inputs, targets = (np.concatenate([getattr(each, what) for each in found]) for what in ("inputs", "targets"))
-    return Fields(inputs, targets, ", ".join(names), " ".join(each.sha256 for each in found))
+    return Fields(inputs, targets, ", ".join(names), sha256(inputs.tobytes() + targets.tobytes()))
 
 
 def _parts(task: Task, fields: Fields) -> tuple[Fields, Fields, Fields]:
