@@ -111,7 +111,9 @@ def transform_seconds(where: str, bits: int, rounds: int, jitted: bool = True) -
     """(ours, butterflies), after both gave the same; theirs compiled by JAX too, or a loop over NumPy's."""
     x = _numbers(1 << bits)
     ours = functools.partial(jax.jit(fwht), x)
-    theirs = functools.partial(*((jax.jit(butterflies), x) if jitted else (butterflies, np.asarray(x), np)))
+    theirs = functools.partial(butterflies, np.asarray(x), np)
+    if jitted:
+        theirs = functools.partial(jax.jit(butterflies), x)
     if float(jnp.abs(ours() - theirs()).max()) > 1e-2 * (1 << bits) ** 0.5:
         raise RuntimeError("expected one transform from both")
     return _seconds(compare(ours, theirs, rounds=rounds, device=where))
@@ -124,8 +126,8 @@ def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
     mine = (work, "4 bits as a product, then by two")
     found = [Ratio("fwht", *mine, "butterflies, jitted", JAX, ours, theirs, "s", 3.0)]
     if where == "cpu":
-        slow = here_or_on_one_core(transform_seconds, where, bits, max(6, rounds), False)
-        found.append(Ratio("fwht-numpy", *mine, "butterflies, NumPy", np.__version__, *slow, "s", None))
+        own, slow = here_or_on_one_core(transform_seconds, where, bits, max(6, rounds), False)
+        found.append(Ratio("fwht-numpy", *mine, "butterflies, NumPy", np.__version__, own, slow, "s", None))
         found.append(Ratio("fwht-core", *mine, "what was asked", "", ours, CORE_MS / 1e3, "s", 1.0))
     return found
 
