@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.cohort import Means, Steps, Work, make_steps
+from isotone.sketching.cohort import Means, Steps, Work, check_flower, make_steps
 from isotone.sketching.data import ClientData
 from isotone.sketching.training import RunConfig, prepare
 
@@ -182,7 +182,9 @@ def join(client: SketchClient, address: str = "127.0.0.1:8080") -> None:  # prag
 
 
 def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchClient]]:  # pragma: no cover - needs flwr
-    """The steps of `config`, and its clients by number, each with its own share of the data."""
+    """The steps of `config`, and its clients by number, each with its own share of the data. Raises `InputError` as
+    `check_flower`."""
+    check_flower(config)
     setup = prepare(config)
     steps = make_steps(setup.algorithm, setup.params, setup.key)
     test = jnp.asarray(setup.dataset.test_x), jnp.asarray(setup.dataset.test_y)
