@@ -174,9 +174,10 @@ def _figures(
     figures = {
         "accuracy-bytes": plots.against_bytes(rows),
         "loss-bytes": plots.against_bytes(rows, "loss"),
-        "bounds": plots.convergence(curves),
         "psnr": plots.psnr_by_size(drawn, inputs),
     }
+    if curves:
+        figures["bounds"] = plots.convergence(curves)
     if trained:
         final = float(np.mean([curve[-1] for curve in plain["accuracy"]]))
         figures["epsilon"] = plots.accuracy_by_epsilon(trained, final)
