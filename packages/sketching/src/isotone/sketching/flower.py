@@ -165,10 +165,17 @@ def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:  # pragma
     """`make(number, record)`: the client of a partition (a SuperNode's `partition-id`); called for every message, as
     Flower does. The `clientapp` of a Flower app is a plain assignment of it."""
 
-    def client_fn(context: Any) -> Client:
-        return make(int(context.node_config["partition-id"]), context.state).to_client()
+    return ClientApp(client_fn=_Numbered(make))
 
-    return ClientApp(client_fn=client_fn)
+
+class _Numbered:  # pragma: no cover - needs flwr
+    """What Flower calls for a client: a class of a module, which travels to Ray's processes by its name."""
+
+    def __init__(self, make: Callable[[int, Any], SketchClient]) -> None:
+        self.make = make
+
+    def __call__(self, context: Any) -> Client:
+        return self.make(int(context.node_config["partition-id"]), context.state).to_client()
 
 
 def serve(strategy: SketchedFedAvg, address: str = "127.0.0.1:8080") -> None:  # pragma: no cover - needs flwr
@@ -237,8 +244,11 @@ def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:  # pragm
 def simulate(config: RunConfig, rounds: int) -> float:  # pragma: no cover - needs flwr
     """Seconds per round of Flower's simulation, its start and the first round's compiling left out.
 
-    Raises `InputError` on fewer than 2 rounds.
+    Raises `InputError` on fewer than 2 rounds, and `RuntimeError` where a round had no updates: it would be a quick one.
     """
     check_count("rounds", rounds, 2)
-    finished = simulation(dataclasses.replace(config, rounds=rounds)).finished
+    strategy = simulation(dataclasses.replace(config, rounds=rounds))
+    if len(strategy.means.history) < rounds:
+        raise RuntimeError(f"expected updates in {rounds} rounds, got them in {len(strategy.means.history)}")
+    finished = strategy.finished
     return (finished[-1] - finished[0]) / (rounds - 1)
