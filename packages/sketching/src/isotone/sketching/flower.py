@@ -244,7 +244,7 @@ def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:  # pragm
 def simulate(config: RunConfig, rounds: int) -> float:  # pragma: no cover - needs flwr
     """Seconds per round of Flower's simulation, its start and the first round's compiling left out.
 
-    Raises `InputError` on fewer than 2 rounds, and `RuntimeError` where a round had no updates: it would be a quick one.
+    Raises `InputError` on fewer than 2 rounds, and `RuntimeError` where a round had no updates.
     """
     check_count("rounds", rounds, 2)
     strategy = simulation(dataclasses.replace(config, rounds=rounds))
