@@ -36,7 +36,7 @@ def federated_claims(rows: Sequence[Row]) -> list[Measurement]:
         times = _round_bytes(plain) / _round_bytes(row)
         text = f"Bytes a round of FedAvg over those of {arm}, up and down, with headers"
         if arm == "fetchsgd":
-            text += " (five rows of as many columns as the others send numbers: with a fifth its error grows)"
+            text += " (five rows of as many columns as the others send numbers)"
         source = f"{PAPER}, abstract: s numbers for d"
         found.append(_claim(f"cheap-{arm}", text, source, "×", [times], 10.0 if arm == OURS else None))
     target = statistics.mean(_final(plain)) - 1

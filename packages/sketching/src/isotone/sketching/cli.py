@@ -36,6 +36,7 @@ from isotone.sketching.rounding import DTYPES
 from isotone.sketching.scales import ARMS as COMPARED
 from isotone.sketching.server import ServerConfig, serve
 from isotone.sketching.sketches import KINDS, make_sketch
+from isotone.sketching.texts import global_step, numbers_in, shape_of, whole_in
 from isotone.sketching.theory import Problem, convex_rounds_needed, rounds_needed, total_ratio
 from isotone.sketching.training import ARMS, SERVERS, RunConfig, run_keys
 from isotone.sketching.training import train as train_run
@@ -108,8 +109,8 @@ def train(
             data=data, model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, straggle=straggle, weigh=weigh,
             arm=arm, kind=kind, ratio=ratio, size=size, dtype=dtype, per_leaf=per_leaf, ordered=ordered,
-            eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip,
-            sampling=sampling, delta=delta, seed=_one_seed(run),
+            eta_g=global_step(eta_g), server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise,
+            clip=clip, sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
         run.out.mkdir(parents=True, exist_ok=True)
         with progress.bar(arm, rounds, run.silent) as bar:
@@ -177,10 +178,10 @@ def server(
         config = RunConfig(
             model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, arm=arm, kind=kind, ratio=ratio,
-            size=size, dtype=dtype, eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise,
+            size=size, dtype=dtype, eta_g=global_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise,
             clip=clip, sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
-        plan = Plan(config, _shape(shape), classes)
+        plan = Plan(config, shape_of(shape), classes)
         limits = ServerConfig(host, port, deadline, wait_for, patience, linger, catch_up)
         with progress.bar("rounds", rounds, run.silent) as bar:
 
@@ -276,12 +277,12 @@ def audit(
 ) -> dict:
     """What leaks from messages by size, batch, local steps and noise: audit.json and sheets of reconstructions."""
     config = AuditConfig(
-        tuple(s or None for s in _whole(sizes, "--sizes", 0)),
-        _whole(batches, "--batches", 1),
-        _whole(local_steps, "--local-steps", 1),
+        tuple(s or None for s in whole_in(sizes, "--sizes", 0)),
+        whole_in(batches, "--batches", 1),
+        whole_in(local_steps, "--local-steps", 1),
         messages=messages,
         kind=kind,
-        noises=_numbers(noises, "--noises"),
+        noises=numbers_in(noises, "--noises"),
         clip=clip,
         attack=AttackConfig(steps=steps, restarts=2),
         private_messages=private_messages,
@@ -381,7 +382,7 @@ def compare(
         raise InputError(f"expected --arms of {', '.join(COMPARED)}, got {odd[0]!r}")
     setting = study.Setting(
         model, hidden, clients, concentration or None, plain_rounds=rounds, ratio=ratio,
-        rates=_numbers(rates, "--rates"), valid=max(1, len(source.x) // 5),
+        rates=numbers_in(rates, "--rates"), valid=max(1, len(source.x) // 5),
     )  # fmt: skip
     seeds = run.seeds or (0,)
     identity = {"compare": repr(setting), "data": source.digest, "seeds": list(seeds)}
@@ -481,39 +482,9 @@ def _one_seed(run: Run) -> int:
     return seeds[0]
 
 
-def _step(text: str) -> str | float:
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"expected --eta-g to be auto or a number, got {text!r}") from None
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"expected --shape as numbers by commas such as 8,8,1, got {text!r}") from None
-
-
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise InputError(f"expected {option} as numbers by commas, got {text!r}") from None
-
-
-def _whole(text: str, option: str, least: int) -> tuple[int, ...]:
-    found = _numbers(text, option)
-    if not found or any(not value.is_integer() or value < least for value in found):
-        raise InputError(f"expected {option} as whole numbers from {least} by commas, got {text!r}")
-    return tuple(int(value) for value in found)
 
 
 def main() -> NoReturn:

@@ -420,9 +420,8 @@ def compressor_of(
     """The `arm` ("plain", "sketch", "rand-k", "topk", "fetchsgd", "powersgd", "qsgd") for weights like `params`: at
     least `ratio` times fewer bytes up than they have, as near as it comes, or of `size` (s, k, columns, rank, levels).
 
-    FetchSGD alone sends more: five rows of d / ratio columns, with a tenth as many heavy hitters. With a fifth of the
-    columns, as many bytes as the others, its error grows without end or, with fewer heavy hitters, it learns little.
-    Raises `InputError` on another arm and as the arms do.
+    FetchSGD alone sends more: five rows of d / ratio columns, with a tenth as many heavy hitters. Raises `InputError`
+    on another arm and as the arms do.
     """
     leaves = jax.tree.leaves(params)
     d = sum(int(leaf.size) for leaf in leaves)

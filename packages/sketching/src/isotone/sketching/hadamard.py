@@ -4,8 +4,8 @@ H of d = m 2^k is a Kronecker product, H_{2^(k-2)} x H_{4m}, with m = 1 (Sylvest
 (Paley's of 12, 20, 28 and 36): entries are +-1 and H H^T = d I for all of them, and padding to the next d adds a fifth
 at most to 32 and more numbers, where the next power of two is up to twice as many. The lowest bits, where neighbours
 are combined, are one product with a small +-1 block: a row of 16 is too short to add up in vectors. Above them two bits
-at a time are four sums of four stretches, which the compiler does in one pass; three bits are no faster, and larger
-blocks as products cost more multiplications than they save passes. Where float32 is used the error grows like log d.
+at a time are four sums of four stretches, which the compiler does in one pass. Where float32 is used the error grows
+like log d.
 """
 
 from __future__ import annotations
