@@ -65,7 +65,7 @@ PEERS = {"opgfn": ["torchgfn==2.4.1"], "sketching": ["flwr[simulation]==1.42.0",
 # the same for what a reproduction is held against
 RULERS = {"sketching": ["dp-accounting==0.6.0"]}
 # not finished: their tests are run by `nox -s "tests(NAME)"` alone
-IN_PROGRESS: set[str] = {"distzo2", "sketching", "transform-once"}
+IN_PROGRESS: set[str] = {"distzo2"}
 DEFAULT_TESTS = [f"tests({name})" for name in ["shared", *PACKAGES] if name not in IN_PROGRESS]
 nox.options.sessions = ["lint", "types", *DEFAULT_TESTS, "wheels", "workspace"]
 package = nox.parametrize("name", [nox.param(name, id=name) for name in PACKAGES])
@@ -171,6 +171,8 @@ def _computed() -> float:
 def slow(session: nox.Session, name: str) -> None:
     """The tests marked slow, those beside a peer's library too."""
     _sync(session, name, "--group", "test", "--group", "bench")
+    if name in PEERS:
+        session.install(*PEERS[name])
     _pytest(session, name, f"{_folder(name)}/tests", "-m", "slow and not gpu and not network")
 
 

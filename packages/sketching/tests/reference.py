@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 
@@ -23,13 +21,6 @@ def fwht(values):
     return values
 
 
-def clip(gradient, bound):
-    """g min(1, C / |g|), in float64."""
-    flat = np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in gradient])
-    factor = min(1.0, bound / max(float(np.linalg.norm(flat)), 1e-300))
-    return [factor * np.asarray(leaf, np.float64) for leaf in gradient]
-
-
 def fed_avg(w, gradients, steps, rate):
     """One round of plain averaging on functions with gradients: K steps each, then the mean of the differences."""
     deltas = []
@@ -39,21 +30,3 @@ def fed_avg(w, gradients, steps, rate):
             u = u - rate * gradient(u)
         deltas.append(u - w)
     return w + np.mean(deltas, 0)
-
-
-def gaussian_delta(epsilon, sigma, n=400_001):
-    """delta of one Gaussian release by integrating max(p - e^eps q, 0)."""
-    x = np.linspace(-40 * sigma, 40 * sigma + 1, n)
-    p = np.exp(-((x - 1) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
-    q = np.exp(-(x**2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
-    return float(np.trapezoid(np.maximum(p - math.exp(epsilon) * q, 0), x))
-
-
-def subsampled_rdp(rate, sigma, order, n=800_001):
-    """Renyi divergence of one subsampled Gaussian release, the larger of both directions, by integration."""
-    x = np.linspace(-60 * sigma, 60 * sigma + 1, n)
-    q = np.exp(-(x**2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
-    p = (1 - rate) * q + rate * np.exp(-((x - 1) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
-    keep = q > 1e-290
-    one = np.trapezoid(np.where(keep, (p / np.where(keep, q, 1)) ** order * q, 0), x)
-    return float(np.log(one) / (order - 1))

@@ -1,15 +1,21 @@
 """The audit, and the measures of what was recovered."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from isotone.shared.errors import InputError
+from isotone.sketching import audit as audit_module
 from isotone.sketching import recovery
-from isotone.sketching.attack import AttackConfig
-from isotone.sketching.audit import AuditConfig, audit, audit_networks
+from isotone.sketching.attack import AttackConfig, Reconstruction
+from isotone.sketching.audit import AuditConfig, audit, audit_networks, inverse_roots
 from isotone.sketching.data import digits
 from isotone.sketching.models import make_model
+from isotone.sketching.sketches import make_sketch
+from isotone.sketching.training import run_keys
 
 SOURCE = digits()
 MODEL = make_model("mlp", (8, 8, 1), 10, 16)
@@ -62,6 +68,10 @@ def test_the_audit_tells_leaks_from_noise():
     report = audit(MODEL, PARAMS, *POOL, config, known=(SOURCE.x, SOURCE.y))
     whisper, drowned = report.leaks
     assert not whisper.failed and whisper.mse < 0.5 * whisper.guess and whisper.by_likelihood == 12
+    assert whisper.p_likelihood < 1e-20 and drowned.p_likelihood > 0.05
+    # who is the likeliest too often is told, whatever is reconstructed
+    told = dataclasses.replace(drowned, by_likelihood=4, p_likelihood=0.01)
+    assert not told.failed
     assert drowned.failed and abs(drowned.mse / drowned.guess - 1) < 0.01 and drowned.by_likelihood < 4
     assert 0.01 <= drowned.chance <= 0.15
     assert list(report.pictures["private"]) == ["truth", "class mean", "noise 0.001", "noise 50"]
@@ -76,6 +86,53 @@ def test_batches_of_several_networks():
     leak = audit_networks(MODEL, networks, *POOL, config, seeds=(0, 1)).leaks[0]
     assert leak.tried == 8 and leak.local_steps == 2 and leak.batch == 2 and leak.psnr > 30
     assert leak.found == 8 and not leak.failed and leak.low > 0.6
+    assert len(leak.psnrs) == len(leak.medians) == 2 and np.isclose(np.mean(leak.psnrs), leak.psnr)
+
+
+@pytest.mark.parametrize("kind,s", [("srht", 12), ("countsketch", 12), ("srht", 21)])
+def test_noise_through_a_sketch_is_made_white(kind, s):
+    """Of vectors that are padded R R^T is no multiple of the identity; where R has rows of nothing they stay so."""
+    with jax.enable_x64(True):
+        sketch = make_sketch(kind, 21, s)
+        roots = np.asarray(inverse_roots(sketch, jnp.arange(3)))
+        for t, root in enumerate(roots):
+            matrix = np.asarray(jax.jit(sketch.matrix)(t), np.float64)
+            gram = matrix @ matrix.T
+            assert np.abs(gram - gram[0, 0] * np.eye(s)).max() > 0.1
+            rank = np.linalg.matrix_rank(gram)
+            white = root @ gram @ root.T
+            assert np.allclose(white @ white, white, atol=1e-8) and np.isclose(np.trace(white), rank)
+            assert s == 21 or kind == "countsketch" or rank == s
+
+
+def test_attacks_on_noise_in_a_sketch_are_on_what_the_roots_leave(monkeypatch):
+    """Roots that are 0 leave nothing of messages that hardly any noise hides, and every guess is the pool's first."""
+    roots, targets = [], []
+
+    def nothing(*given):
+        roots.append(0 * inverse_roots(*given))
+        return roots[0]
+
+    def invert(message, heard, shape, keys, **options):
+        targets.append(np.asarray(heard))
+        return [Reconstruction(np.zeros((1, *shape)), np.zeros(1, int), 0.0, np.zeros(1)) for _ in heard]
+
+    monkeypatch.setattr(audit_module, "inverse_roots", nothing)
+    monkeypatch.setattr(audit_module.attack, "invert_many", invert)
+    config = AuditConfig((), (), (), noises=(1e-3,), private_sizes=(12,), private_messages=4)
+    (leak,) = audit(MODEL, PARAMS, *POOL, config, known=(SOURCE.x, SOURCE.y)).leaks
+    assert roots[0].shape == (4, 12, 12) and targets[0].shape == (4, 12) and not targets[0].any()
+    assert leak.by_likelihood == 0 and leak.s == 12
+
+
+def test_keys_of_attacks_are_not_those_of_weights():
+    """The attacker's starts, the clients' noise and the first weights of a seed share no key."""
+    pool = audit_module._Pool(MODEL, [PARAMS], *POOL, {}, {}, (3,))
+    own = {bytes(np.asarray(jax.random.key_data(key))) for key in audit_module._keys(pool, 4, 1)}
+    base = jax.random.key(3)
+    others = [*jax.random.split(base, 8), *jax.random.split(run_keys(3)[0], 8), *jax.random.split(run_keys(3)[1], 8)]
+    others += [key for i in range(4) for key in jax.random.split(jax.random.fold_in(base, i), 4)]
+    assert not own & {bytes(np.asarray(jax.random.key_data(key))) for key in others}
 
 
 @pytest.mark.parametrize(

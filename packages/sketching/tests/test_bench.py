@@ -15,8 +15,10 @@ def test_every_row_of_the_bench():
         "countsketch-stream",
         "countsketch-scipy",
         "simulation-loop",
-        "overhead-srht",
-        "overhead-countsketch",
+        "overhead-srht-4",
+        "overhead-countsketch-4",
+        "overhead-srht-1",
+        "overhead-countsketch-1",
         "bytes-up",
     }
     assert all(row.ours_value > 0 and row.peer_value > 0 for row in rows)

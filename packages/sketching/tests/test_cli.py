@@ -29,7 +29,8 @@ def test_train_says_what_was_sent_and_spent(tmp_path):
     x = rng.normal(size=(80, 3))
     np.savez(tmp_path / "mine.npz", x=x, y=(x[:, 0] > 0).astype(int))
     mine = ["train", "--data", "mine.npz", "--ratio", "2", *SMALL]
-    found = run(tmp_path, *mine, "--out", "plain", "--eta-g", "0.5")
+    found = run(tmp_path, *mine, "--out", "plain", "--eta-g", "0.5", "--kind", "countsketch", "--ordered")
+    assert json.loads((tmp_path / "plain" / "history.json").read_text())["config"]["ordered"] is True
     assert found["bytes up, a client's round"] == 16 and found["bytes up"] == 16 * 3 * 4 == found["bytes down"]
     assert 0 <= found["test accuracy (%)"] <= 100
     private = run(tmp_path, *mine, "--out", "private", "--noise", "2", "--sampling", "0.2")
@@ -38,7 +39,7 @@ def test_train_says_what_was_sent_and_spent(tmp_path):
         *("checkpoints", "params.safetensors", "history.json", "ledger.json", "noise.key")
     }
     refused = run_cli(app, [*mine, "--out", "plain", "--rate", "0.1"], tmp_path)
-    assert refused.code == 2 and "eta_g" in refused.stderr or "rate" in refused.stderr
+    assert refused.code == 2 and "holds one of rate 0.5" in refused.stderr
 
 
 def test_a_killed_training_resumes_bit_for_bit(tmp_path):

@@ -9,7 +9,18 @@ import reference
 
 from isotone.shared.errors import InputError
 from isotone.sketching import data, theory
-from isotone.sketching.compressors import QSGD, FetchSGD, Plain, PowerSGD, Sketched, TopK, mean, top_k
+from isotone.sketching.compressors import (
+    QSGD,
+    FetchSGD,
+    Plain,
+    PowerSGD,
+    Sketched,
+    TopK,
+    compressor_of,
+    mean,
+    told,
+    top_k,
+)
 from isotone.sketching.federated import FedConfig, fed_algorithm, run
 from isotone.sketching.models import make_model
 from isotone.sketching.sketches import make_sketch
@@ -163,6 +174,18 @@ def test_a_step_that_is_not_shrunk_diverges_and_a_fixed_sketch_stalls():
     assert gap_after(safe, False) > 0.3 * begin
 
 
+@pytest.mark.parametrize("kind", ["countsketch", "srht-replace"])
+def test_ordered_sums_are_the_same_without_a_scatter(kind):
+    """That of a round's sketch, and that of its desk: no addition whose order a GPU leaves open."""
+    pair = [fed_algorithm(squares, start(), kind=kind, ratio=2.0, ordered=o).compressor.sketch for o in (True, False)]
+    assert [sketch.blocks[0].ordered for sketch in pair] == [True, False]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(16), jnp.float32)
+    there, plain = (lambda v, s=s: s.desk(3, s.sk(3, v)) for s in pair)
+    assert np.allclose(jax.jit(there)(x), jax.jit(plain)(x), atol=1e-5)
+    scatters = ["scatter" in str(jax.make_jaxpr(function)(x)) for function in (there, plain)]
+    assert scatters == [False, True]
+
+
 def test_theory():
     problem = theory.Problem(2.0, 0.5, 3.0)
     assert problem.step == pytest.approx(1 / 8) and problem.convex_step == pytest.approx(1 / 16)
@@ -205,6 +228,9 @@ def test_top_k_with_error_feedback_loses_nothing():
     unheard = combine(jnp.int32(0), jax.random.key(0), deltas, jnp.array([1.0, 0.0]), clients, server)
     assert jnp.allclose(unheard.clients[1], clients[1] + deltas[1])
     assert compressor.bytes_up == 8 and compressor.bytes_down == 16
+    # down goes one place where all send the same, and after a round in which nobody was heard as much as can be
+    alike = combine(jnp.int32(0), jax.random.key(0), deltas, weights, *compressor.init(2)).server
+    assert told(compressor, alike) == 8 and told(compressor, compressor.init(2)[1]) == 16
 
 
 def test_powersgd_of_full_rank_is_exact_and_loses_nothing():
@@ -234,10 +260,15 @@ def test_qsgd_is_unbiased_and_of_few_values():
     assert (np.abs(drawn.mean(0) - x) < 5 * drawn.std(0) / 4000**0.5 + 1e-6).all()
     values = np.unique(np.round(np.abs(drawn) / np.linalg.norm(x), 5))
     assert set(values.tolist()) <= {0.0, 0.5, 1.0}
-    assert compressor.bits == 3 and compressor.bytes_up == 3 + 4
+    assert compressor.bytes_up == 3 + 4 and compressor.messages == 1
     moment = float(np.mean(np.sum(drawn**2, 1)) / np.sum(x**2))
     assert 1 < moment <= 1 / compressor.scale + 0.05
     assert not np.asarray(quantize(jax.random.key(0), jnp.zeros(8))).any()
+    # each bucket by its own norm: what is small beside a large one is not lost
+    apart = QSGD(6, 1, 4)
+    found = np.asarray(apart.quantize(jax.random.key(1), jnp.array([300.0, 0.0, 0.0, 400.0, 0.0, -1.0])))
+    assert found[5] == -1 and set(np.abs(found[:4])) <= {0.0, 500.0}
+    assert apart.bytes_up == 2 + 4 + 8 and apart.messages == 2 and apart.scale == 1 / 3
 
 
 def test_fetchsgd_finds_what_is_heavy():
@@ -261,6 +292,33 @@ def test_fetchsgd_finds_what_is_heavy():
     assert compressor.bytes_up == 4 * 1000 and compressor.bytes_down == 40
 
 
+def test_what_was_sent_down_has_no_momentum_left():
+    """Both coordinates are in the one cell that there is, of opposite signs that would cancel."""
+    compressor = FetchSGD(2, k=2, columns=1, rows=1, seed=next(s for s in range(64) if _opposite(s)))
+    state, combine = compressor.init(1), jax.jit(compressor.combine)
+    found = combine(jnp.int32(0), jax.random.key(0), jnp.array([[1.0, 3.0]]), jnp.ones(1), *state)
+    assert np.abs(found.update).min() > 0 and not np.asarray(found.server[0]).any()
+
+
+def _opposite(seed):
+    return float(jnp.prod(FetchSGD(2, 1, 1, 1, seed=seed)._hash()[1])) == -1
+
+
+def test_local_steps_by_another_optimizer():
+    """Three steps of Adam, its moments new in every round, as optax makes them by hand."""
+    dealt, tx = points(clients=1), optax.adam(0.1)
+    algorithm = fed_algorithm(squares, start(), kind="identity", local_steps=3, batch=0, client_opt=tx)
+    state, step = algorithm.init(start(), 1), jax.jit(algorithm.round)
+    wanted, centre = jnp.zeros(16), np.asarray(dealt.x[0]).mean(0)
+    for _ in range(2):
+        state, _ = step(state, jax.random.key(0), dealt)
+        moments = tx.init(wanted)
+        for _ in range(3):
+            update, moments = tx.update(wanted - centre, moments)
+            wanted = wanted + update
+        assert np.allclose(state.params["w"], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -269,6 +327,8 @@ def test_fetchsgd_finds_what_is_heavy():
         lambda: FetchSGD(4, 1, 3, momentum=1.0),
         lambda: PowerSGD(((2, 2),), 0),
         lambda: QSGD(4, 0),
+        lambda: QSGD(4, 1, 0),
+        lambda: compressor_of("pigeons", start()),
         lambda: FedConfig(local_steps=0),
         lambda: FedConfig(rate=float("nan")),
         lambda: FedConfig(straggle=1.0),
@@ -276,6 +336,7 @@ def test_fetchsgd_finds_what_is_heavy():
         lambda: FedConfig(eta_g="large"),
         lambda: FedConfig(weigh="age"),
         lambda: fed_algorithm(squares, start(), Plain(3)),
+        lambda: fed_algorithm(squares, start(), Plain(16), one_way=True),
     ],
 )
 def test_settings_that_mean_nothing(make):
@@ -346,11 +407,17 @@ def test_data_of_ones_own(tmp_path):
         {"x": np.full((20, 3), np.nan), "y": np.zeros(20, int)},
         {"x": np.ones((20, 3)), "y": np.zeros(20)},
         {"x": np.ones((20, 3)), "y": np.zeros(19, int)},
+        {"x": np.float32(1), "y": np.zeros(20, int)},
     ):
         np.savez(path, **arrays)
         with pytest.raises(InputError):
             data.load(str(path))
-    path.write_bytes(b"torn")
+    for content in (b"", b"torn"):
+        path.write_bytes(content)
+        with pytest.raises(InputError):
+            data.load(str(path))
+    with path.open("wb") as file:
+        np.save(file, np.ones((20, 3)))
     for source in (str(path), "nothing.npz", "mnist"):
         with pytest.raises(InputError):
             data.load(source)

@@ -1,6 +1,7 @@
 """Sketched rounds on an engine of others: the two halves alone, and where flwr is installed on Flower itself."""
 
 import dataclasses
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,10 +19,11 @@ import pytest
 import workers
 
 from isotone.shared.errors import InputError
-from isotone.sketching.cohort import Means, Work, make_steps, message_size
+from isotone.sketching.cohort import Means, Work, make_steps, mean_of, message_size
 from isotone.sketching.compressors import Plain, TopK
 from isotone.sketching.data import ClientData
-from isotone.sketching.federated import fed_algorithm
+from isotone.sketching.federated import fed_algorithm, round_keys
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.training import RunConfig, train
 
 CONFIG = RunConfig(clients=2, rounds=3, local_steps=2, batch=8, kind="identity", concentration=None)
@@ -48,7 +51,7 @@ def workers_of(algorithm, params, data):
     return [Work(steps, share(data, c), c) for c in range(len(data))]
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 2.0}, {"compressor": Plain(5)}])
+@pytest.mark.parametrize("settings", [{"ratio": 2.0}, {"ratio": 2.0, "dtype": "int8"}, {"compressor": Plain(5)}])
 def test_two_halves_are_the_round(settings):
     """Clients that hold their own weights, and a server that has none: the weights of `round`, with everybody."""
     import optax
@@ -61,6 +64,9 @@ def test_two_halves_are_the_round(settings):
         state = round_of(state)
         mean, bad = means.add({str(work.client): work.message() for work in works})
         assert not bad
+        if isinstance(algorithm.compressor, RoundedSketch):
+            mean = np.asarray(algorithm.compressor.down(round_keys(KEY, works[0].round)[3], jnp.asarray(mean)))
+            means.history[-1] = mean
         for work in works:
             work.apply(mean)
     for work in works:
@@ -99,6 +105,46 @@ def test_means_and_who_heard_them():
     assert len(means.due("a")[1]) == 2
     with pytest.raises(InputError, match="TopK"):
         message_size(TopK(4, 1, 2))
+    largest = {name: np.float32([3e38, 0]) for name in "ab"}
+    for add in (lambda: means.add(largest), lambda: mean_of(largest, 2)):
+        with pytest.raises(InputError, match="sum is finite, got infinity in round 2"):
+            add()
+    assert len(means.history) == 2, "nothing of it is kept"
+
+
+@pytest.fixture
+def refusing():
+    """The module, with names that stand in for flwr's where that is missing."""
+    if importlib.util.find_spec("flwr") is not None:
+        yield importlib.import_module("isotone.sketching.flower")
+        return
+    names = ["flwr", "flwr.client", "flwr.common", "flwr.server", "flwr.server.strategy"]
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = lambda found: type(found, (), {})
+    try:
+        yield importlib.import_module("isotone.sketching.flower")
+    finally:
+        for name in [*names, "isotone.sketching.flower"]:
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise": 1.0}, "not private on Flower, got noise 1.0"),
+        ({"epsilon": 2.0}, "got epsilon 2.0"),
+        ({"straggle": 0.1}, "straggle 0.1"),
+        ({"weigh": "size"}, "weigh 'size'"),
+        ({"dtype": "int8"}, "int8"),
+    ],
+)
+def test_what_flower_can_not_do_is_refused(changes, words, refusing):
+    """Whether it is asked for clients, for a strategy or for one client of a process."""
+    config = dataclasses.replace(CONFIG, **changes)
+    for ask in (refusing.clients_of, refusing.strategy_of, lambda config: refusing.Cohort(config)(0, None)):
+        with pytest.raises(InputError, match=words):
+            ask(config)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flwr") is not None, reason="flwr is installed")
@@ -139,6 +185,7 @@ class Manager:
         return {proxy.cid: proxy for proxy in self.proxies}
 
 
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_the_strategy_and_its_clients(flower):
     """A run with a failure, by hand: everybody ends with the same weights."""
     from flwr.common import EvaluateRes, FitRes, parameters_to_ndarrays
@@ -206,6 +253,7 @@ def assert_is_fedavg(means, accuracy, tmp_path):
 
 
 @pytest.mark.slow  # Ray takes its time to start
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_flowers_simulation(flower, tmp_path):
     pytest.importorskip("ray", reason="flwr's simulation is not installed")
     strategy = flower.simulation(CONFIG)
@@ -214,6 +262,7 @@ def test_on_flowers_simulation(flower, tmp_path):
 
 
 @pytest.mark.slow  # three processes
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_flower_as_processes_on_loopback(flower, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -275,6 +324,7 @@ client = flower.client_app(flower.Cohort(CONFIG))
 
 
 @pytest.mark.slow  # a SuperLink, two SuperNodes, and what they start
+@pytest.mark.slow  # runs where the peers are installed: nox -s slow
 def test_on_a_superlink_with_two_supernodes(flower, tmp_path):
     app, home, path = tmp_path / "app", tmp_path / "home", tmp_path / "told.npz"
     app.mkdir()

@@ -216,6 +216,8 @@ def test_calibration_inverts_the_accountant():
     assert ours.epsilon(1e-5) <= epsilon < less.epsilon(1e-5)
     # the theorem's composition asks for more noise at the same epsilon
     assert privacy.theorem_sigma(epsilon, 1e-5, 0.1, 5, 20) > noise
+    # a step's epsilon counts up to 0.999: beyond, and where e^epsilon overflows, nothing is less
+    assert privacy.theorem_sigma(3000.0, 1e-5, 0.1, 5, 100) == privacy.theorem_sigma(700.0, 1e-5, 0.1, 5, 100) > 0
 
 
 def test_classical_and_advanced_by_hand():

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import socket
+import time
 
 import jax
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 import workers
 from safetensors.numpy import load_file
 
+from isotone.shared.checkpoint import CheckpointStore
 from isotone.shared.errors import InputError
 from isotone.sketching import wire
 from isotone.sketching.client import ClientConfig
 from isotone.sketching.ledger import Ledger
-from isotone.sketching.plan import Plan
+from isotone.sketching.plan import Plan, steps_of
 from isotone.sketching.server import ServerConfig, read_log, serve
 from isotone.sketching.training import RunConfig, train
 from isotone.sketching.wire import HEADER, Message
@@ -43,7 +46,9 @@ def assert_same(finished, config):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"participants": 2, "server": "momentum", "server_rate": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"participants": 2, "server": "momentum", "server_rate": 0.3}, {"dtype": "int8"}]
+)
 def test_a_run_over_tcp_is_the_simulation(changes, tmp_path):
     """Weights, and bytes: those of both ends are the same, and those of the formula with the headers."""
     config = dataclasses.replace(CONFIG, **changes)
@@ -56,12 +61,14 @@ def test_a_run_over_tcp_is_the_simulation(changes, tmp_path):
     assert report.heard == [plan.taken(t) for t in range(5)] and not any(report.events.values())
     said = json.loads((tmp_path / "server" / "ledger.json").read_text())
     ledger = Ledger.from_json(said)
-    size = HEADER + 4 * plan.s
+    size = HEADER + (4 + plan.s if config.dtype == "int8" else 4 * plan.s)
     for t in range(5):
         assert [ledger.up.get((t, c), 0) for c in range(4)] == [size * (c in plan.taken(t)) for c in range(4)]
         assert [ledger.down[t, c] for c in range(4)] == [size] * 4, "everybody is told"
     assert sum(one.bytes_up for one in finished) == ledger.total[0] + ledger.other["up"]
     assert sum(one.bytes_down for one in finished) == ledger.total[1] + ledger.other["down"]
+    with CheckpointStore(tmp_path / "client-3"), pytest.raises(InputError, match="process"):
+        workers.client(3, port, tmp_path).result()
     weights = load_file(tmp_path / "client-3" / "params.safetensors")
     assert np.array_equal(weights["w"], finished[0].params["w"]) and 0.1 < finished[0].accuracy < 1
 
@@ -145,6 +152,10 @@ def test_messages_are_idempotent_and_stragglers_are_left_out(tmp_path):
     report = running.result()
     assert report.heard == [[0, 1], [0, 1, 2], *[[0, 1, 2, 3]] * 3]
     assert report.events == {"stale": 2, "duplicate": 2, "declined": 1, "refused": 1}
+    # without the ledger the log tells of the rounds in which everybody was heard
+    (tmp_path / "ledger.json").unlink()
+    running, _ = workers.server(PLAN, tmp_path, linger=0.1)
+    assert running.result().heard == [None, None, *[[0, 1, 2, 3]] * 3]
 
 
 def seal(data):
@@ -190,8 +201,10 @@ def test_a_server_that_ends_goes_on_where_it_was(tmp_path):
     with pytest.raises(Gone):
         running.result()
     log = tmp_path / "server" / "rounds.log"
-    whole = log.read_bytes()
-    assert len(whole) == 2 * (HEADER + 4 * PLAN.s)
+    whole, size = log.read_bytes(), HEADER + 4 * PLAN.s
+    assert len(whole) == 2 * size
+    said = Ledger.parse((tmp_path / "server" / "ledger.json").read_text())
+    assert said.round_bytes(1) == (4 * size, 4 * size), "also of what the last round told"
     # a third round that was being written
     log.write_bytes(whole + whole[:50])
     running, _ = workers.server(PLAN, tmp_path / "server", port=port, **QUICK)
@@ -231,6 +244,7 @@ def test_a_client_of_ones_own_examples(tmp_path):
     finished = [task.result() for task in clients]
     running.result()
     assert finished[0].privacy["releases"] == 2 * 2 and finished[0].privacy["epsilon_rdp"] > 0
+    assert "server's plan" in finished[0].privacy["trust"], "no epsilon was demanded"
     assert all(np.array_equal(finished[0].params[k], finished[1].params[k]) for k in "wb")
     # the server begins anew, with a history that is not the old one: no second release
     running, port = workers.server(plan, tmp_path / "server", resume=False, wait_for=2, **QUICK)
@@ -245,11 +259,72 @@ def test_a_client_of_ones_own_examples(tmp_path):
     line.close()
 
 
+def test_a_server_that_waits_is_there(tmp_path):
+    """It tells nothing for longer than the client's patience, twice: the line stays. Then it is gone, and the patience
+    begins."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        task = workers.client(0, listener.getsockname()[1], tmp_path, patience=0.8)
+        for told in (0, 2):
+            line = workers.Line(listener.accept()[0])
+            hello = line.hear()
+            assert (hello.kind, hello.round) == ("hello", told)
+            line.say(wire.encode(Message("plan", CONFIG.seed, told, text=PLAN.text)))
+            for t in range(told, told + 2):
+                time.sleep(1.3)
+                assert task.is_alive()
+                line.say(wire.encode(Message("mean", CONFIG.seed, t, d=PLAN.compressor.d, values=ones(0.0), extra=4)))
+            time.sleep(1.3)
+            assert task.is_alive()
+            line.socket.shutdown(socket.SHUT_WR)
+            while line.hear() is not None:
+                pass
+            line.close()
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"within 0\.8 seconds"):
+        task.result()
+    assert time.monotonic() - began > 0.5
+
+
+def test_silent_connections_are_counted(tmp_path):
+    """None of them says who it is: past 4 a client and 16 the next one is refused, until one goes."""
+    running, port = workers.server(PLAN, tmp_path, patience=2.0)
+    silent = [workers.Line(port) for _ in range(4 * 4 + 16)]
+    refused = workers.Line(port).hear()
+    assert refused.kind == "refused" and "at most 32 open connections, got 33" in refused.text
+    silent.pop().close()
+    deadline = time.monotonic() + 20
+    while (found := workers.Line(port).hello(0)) is None or found.kind == "refused":
+        assert time.monotonic() < deadline
+    assert found.kind == "plan"
+    with pytest.raises(InputError, match="4 clients"):
+        running.result()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "without noise"), ({"noise": 0.5}, "at delta 0.001, got one of"), ({"noise": 4.0}, None)],
+)
+def test_a_client_demands_an_epsilon(changes, words, tmp_path):
+    """A server whose plan has less noise, or none, is told nothing but who greets it."""
+    config = dataclasses.replace(CONFIG, clients=1, rounds=1, sampling=0.1, **changes)
+    patience = 30.0 if words is None else 1.0
+    running, port = workers.server(Plan(config, (8, 8, 1), 10), tmp_path / "server", patience=patience, linger=2.0)
+    task = workers.client(0, port, tmp_path, epsilon=0.5, delta=1e-3)
+    if words is None:
+        assert "not trusted" in task.result().privacy["trust"]
+        assert running.result().heard == [[0]]
+        return
+    with pytest.raises(InputError, match=words):
+        task.result()
+    with pytest.raises(InputError, match="nothing came"):
+        running.result()
+    assert not (tmp_path / "client-0" / "releases.json").exists() and not (tmp_path / "server" / "ledger.json").exists()
+
+
 def test_nobody_comes(tmp_path):
     with pytest.raises(InputError, match="4 clients within 0.1 seconds"):
         serve(PLAN, tmp_path, ServerConfig(patience=0.1))
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(InputError, match="expected a server at 127.0.0.1"):
@@ -276,6 +351,10 @@ def test_nobody_comes(tmp_path):
         lambda: ClientConfig(3, clients=3),
         lambda: ClientConfig(0, port=0),
         lambda: ClientConfig(0, patience=0.0),
+        lambda: ClientConfig(0, epsilon=0.0),
+        lambda: ClientConfig(0, epsilon=float("nan")),
+        lambda: ClientConfig(0, delta=1.0),
+        lambda: steps_of(Plan(dataclasses.replace(CONFIG, noise=1.0), (8, 8, 1), 10)),
     ],
 )
 def test_settings_that_mean_nothing(make):

@@ -19,7 +19,7 @@ from isotone.shared.errors import InputError
 from isotone.sketching import hashing
 from isotone.sketching.data import quadratic
 from isotone.sketching.embedding import measure_embedding
-from isotone.sketching.hadamard import fwht, next_power
+from isotone.sketching.hadamard import fwht, next_size
 from isotone.sketching.sketches import KINDS, Sketch, make_sketch, variance
 from isotone.sketching.trees import block_seed, tree_sketch
 
@@ -253,7 +253,7 @@ def test_transform_is_the_matrix_s():
     """The butterflies and the definition, whatever the blocks; twice is d times. Float32 loses a few parts in 10^7."""
     sizes, blocks = (0, 1, 2, 5, 7, 11), (1, 3, 5, 8)
     xs = [normal(2, 1 << bits) for bits in sizes]
-    every = jax.jit(lambda xs: [[*(fwht(x, block) for block in blocks), fwht(fwht(x))] for x in xs])
+    every = jax.jit(lambda xs: [[*(fwht(x, block_bits=block) for block in blocks), fwht(fwht(x))] for x in xs])
     for bits, x, (*found, twice) in zip(sizes, xs, every(xs), strict=True):
         wanted = np.stack([reference.fwht(row) for row in np.asarray(x)])
         if bits <= 7:
@@ -264,17 +264,20 @@ def test_transform_is_the_matrix_s():
 
 
 def test_transform_refuses_other_lengths():
-    for d in (0, 3, 12):
-        with pytest.raises(ValueError, match="power of two"):
+    for d in (0, 3, 6, 11, 44):
+        with pytest.raises(ValueError, match="to transform"):
             fwht(jnp.zeros(d))
-    assert [next_power(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+    assert [next_size(n) for n in (1, 2, 3, 9, 32, 33, 64, 65, 81, 97, 1_050_010)] == [
+        *(1, 2, 4, 12, 32, 36, 64, 72, 96, 112, 9 << 17),
+    ]
+    assert max(next_size(n) / n for n in range(32, 5000)) < 1.2
 
 
 # --- what R is made of -------------------------------------------------------------------------------------------
 
 
 def test_permutations_are_permutations():
-    sizes = (1, 2, 7, 1000)
+    sizes = (1, 2, 7, 12, 650, 1000, 9 << 7)
 
     def all_of(t):
         index = [jnp.arange(n, dtype=jnp.uint32) for n in sizes]

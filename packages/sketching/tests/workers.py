@@ -60,10 +60,10 @@ def client(number, port, folder, **options):
 
 
 class Line:
-    """A connection that says what the test wants."""
+    """A connection, to a port or made already, that says what the test wants."""
 
-    def __init__(self, port):
-        self.socket = socket.create_connection(("127.0.0.1", port), 20)
+    def __init__(self, end):
+        self.socket = end if isinstance(end, socket.socket) else socket.create_connection(("127.0.0.1", end), 20)
 
     def hello(self, number, have=0):
         self.say(wire.encode(Message("hello", round=have, client=number)))

@@ -191,7 +191,6 @@ TINY = scales.Task(
     ),
     TrainConfig(batch_size=8, epochs=2, schedule="cosine"),
     {"frames": 8},
-    tune_epochs=1,
     rollout=3,
     order=1,
 )
@@ -252,9 +251,10 @@ def test_claims_by_hand():
     assert found["a-t1-vp-fno"].measured == pytest.approx(1.05) and not found["a-t1-vp-fno"].held
     assert found["a-irreducible"].measured == 1.4 and found["a-irreducible"].held
     assert found["a-t1-vp-wall"].measured == 2.0 and "a-t1-vp-mlp" not in found
-    assert claims.fastest([]) is None and claims.times(rows) == []
+    assert claims.fastest([]) is None and claims.times("wall", "25 s", rows) == []
     naive = [dataclasses.replace(Arm("t1-naive", None)).name]
-    assert claims.times([*rows, row(naive[0], 0, 0.1, 0.5)])[0].measured == 4.0
+    timed = [claims.times(task, "8 s", [*rows, row(naive[0], 0, 0.1, 0.5)], False)[0] for task in ("wall", "darcy")]
+    assert [one.measured for one in timed] == [4.0, 4.0] and len({one.claim.id for one in timed}) == 2
 
 
 @pytest.mark.slow

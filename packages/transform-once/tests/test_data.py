@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from isotone.shared.claims import Claim, Measurement, Report
 from isotone.shared.errors import InputError
-from isotone.transform_once import FNOConfig, T1Config, data, make_model
+from isotone.transform_once import FNOConfig, T1Config, data, make_model, reproduce
 from isotone.transform_once.export import export_model, load_exported
 
 
@@ -132,6 +133,22 @@ def test_real_files_where_they_are_at_hand():
         pytest.skip("needs operators/darcy_train_16.npz in ISOTONE_DATA_DIR")
     found = data.load(path)
     assert found.inputs.shape == found.targets.shape == (1000, 16, 16, 1)
+
+
+def test_files_of_one_problem_are_one_set(tmp_path, monkeypatch):
+    """Training and test files one after the other, with a digest that a report takes."""
+    (tmp_path / "operators").mkdir()
+    parts = {name: number + random(2, 4, 4) for number, name in enumerate(reproduce.FILES["darcy"])}
+    for name, part in parts.items():
+        np.savez(tmp_path / "operators" / name, x=part, y=2 * part)
+    monkeypatch.setenv("ISOTONE_DATA_DIR", str(tmp_path))
+    found = reproduce._at_hand(*reproduce.FILES["darcy"])
+    assert found.inputs.shape == (4, 4, 4, 1)
+    assert np.allclose(found.targets[2:, ..., 0], 2 * parts["darcy_test_16.npz"], atol=1e-6)
+    measured = Measurement(Claim("a", "b", "c", "d", None, None, "min"), 1.0)
+    entry = {"name": "darcy", "sha256": found.sha256}
+    Report("transform-once", "reproduce", "smoke", (0,), "jax", measurements=[measured], data=[entry]).save(tmp_path)
+    assert reproduce._at_hand("none.npz") is None
 
 
 def test_pdebench_and_matlab_files(tmp_path):

@@ -1,7 +1,7 @@
 """Sketched first-order methods: rounds of federated learning through R_t and back, attacks on what is sent, privacy.
 
 A sketch R_t of s rows stands between clients and server; averages of R_t^T R_t x are unbiased, and what a round costs
-follows from one number, alpha. Not finished: see the README.
+follows from one number, alpha.
 """
 
 from isotone.sketching.federated import FedAlgorithm, FedConfig, FedState, fed_algorithm

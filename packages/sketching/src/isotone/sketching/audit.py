@@ -2,11 +2,13 @@
 
 The attacker knows the weights, the network, R_t and the labels, and descends on the distance of messages with restarts,
 in float64. Of the private mode it also knows the clipping and sigma, is told that one example alone was drawn, and has
-a prior, the mean and variance of each pixel of each class: it looks for the maximum a posteriori input from ten starts.
+a prior, the mean and variance of each pixel of each class: it looks for the maximum a posteriori input from ten starts,
+of messages whose noise it has made white. One message is attacked, one of the releases that an epsilon is of.
 
-"The attack fails" where neither can be told at 5 %: that its error is below the error of guessing the class's mean, nor
-that it identifies examples more often than that guess does. Identification is among all examples of the pool. Nobody
-learns the class from the message here, so that the guess is right more often than 1 in as many.
+"The attack fails" where none of three can be told at 5 %: that its error is below the error of guessing the class's
+mean, that it identifies examples more often than that guess does, nor that the true example is the likeliest of the
+pool more often than one in as many. Identification is among all examples of the pool. Nobody learns the class from the
+message here, so that the guess is right more often than 1 in as many.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ from isotone.sketching.attack import AttackConfig, Prior
 from isotone.sketching.compiling import fast_jit
 from isotone.sketching.models import Model
 from isotone.sketching.privacy import PrivacyConfig
-from isotone.sketching.sketches import make_sketch
+from isotone.sketching.sketches import Sketch, make_sketch
 
 _LEVEL = 0.05
+_ATTACK = 0x61747461
 _LEAST_VARIANCE = 1e-4
 """Of a pixel under the prior: one that never changed among the attacker's examples may change yet."""
 
@@ -46,7 +49,8 @@ class Leak:
     mean; `gap`, mse - guess, with its standard error `gap_error`, and `p_below`, how likely so low a gap is where the
     attack is as good as the guess. `found` of `tried` identified among `pool`, with the exact 95 % interval `low` to
     `high` of the rate, `chance`, and `p_found`, how likely as many are by chance; `by_likelihood`: in how many private
-    messages the true example is the pool's most likely one, a test that needs no reconstruction.
+    messages the true example is the pool's most likely one, a test that needs no reconstruction and has the chance
+    1 / pool; `p_likelihood`, how likely as many are by that chance. `psnrs`, `medians`: of each network (seed).
     """
 
     s: int | None
@@ -69,12 +73,15 @@ class Leak:
     high: float
     chance: float
     p_found: float
+    psnrs: tuple[float, ...]
+    medians: tuple[float, ...]
     by_likelihood: int | None = None
+    p_likelihood: float = 1.0
 
     @property
     def failed(self) -> bool:
         """Whether the attack failed: see the module."""
-        return self.p_below > _LEVEL and self.p_found > _LEVEL
+        return min(self.p_below, self.p_found, self.p_likelihood) > _LEVEL
 
 
 @dataclass(frozen=True)
@@ -262,40 +269,39 @@ def _plain(
 
 def _private(pool: _Pool, config: AuditConfig, s: int | None) -> Iterator[tuple[Leak, dict[str, np.ndarray]]]:
     """One example clipped and noised, R after it, at each noise; the attacker's estimate is the likeliest input under
-    its prior. One program serves all of them."""
+    its prior, of the message times the inverse root of R R^T, whose noise is white. One program serves all of them."""
     sketch = None if s is None else make_sketch(config.kind, pool.d, s, int(pool.seeds[0]))
 
-    def through(vector: Array, t: Array) -> Array:
-        return vector if sketch is None else sketch.sk(t, vector)
+    def through(vector: Array, t: Array, root: Array | None) -> Array:
+        return vector if sketch is None or root is None else root @ sketch.sk(t, vector)
 
     def message(x: Array, y: Array, context: Any) -> Array:
-        params, t = context
+        params, t, root = context
         gradient = attack.gradient_message(pool.model, params)(x, y)
-        return through(privacy.clip_by_norm(gradient, config.clip), t)
+        return through(privacy.clip_by_norm(gradient, config.clip), t, root)
 
-    def noise_of(key: Array, t: Array) -> Array:
+    def noise_of(key: Array, own: Any) -> Array:
         # the clients' own, of keys that the attacker does not have
-        return through(jax.random.normal(jax.random.fold_in(key, 1), (pool.d,)), t)
+        return through(jax.random.normal(jax.random.fold_in(key, 1), (pool.d,)), *own[1:])
 
     chosen, which = pool.draw(config.private_messages, 1)
     means, variances = pool.of(pool.means, chosen), pool.of(pool.variances, chosen)
     with jax.enable_x64(True):
         x, y = jnp.asarray(pool.x[chosen], jnp.float64), jnp.asarray(pool.y[chosen])
-        context, keys = _context(pool, which), _keys(pool, config.private_messages, 1)
+        (weights, rounds), keys = _context(pool, which), _keys(pool, config.private_messages, 1)
+        context = weights, rounds, None if sketch is None else inverse_roots(sketch, rounds)
         clear, added = fast_jit(
-            lambda x, y, keys, own: (jax.vmap(message)(x, y, own), config.clip * jax.vmap(noise_of)(keys, own[1]))
+            lambda x, y, keys, own: (jax.vmap(message)(x, y, own), config.clip * jax.vmap(noise_of)(keys, own))
         )(x, y, keys, context)
         likeliest = _likeliest(pool, message)
         for noise in config.noises:
             targets = clear + noise * added
-            # the variance of a sent number: each row of R has the squared length d / s
-            sent = (noise * config.clip) ** 2 * (1.0 if sketch is None else pool.d / sketch.s)
             found = attack.invert_many(
                 *(message, targets, pool.x.shape[1:], keys),
                 labels=y,
                 classes=pool.model.classes,
                 config=config.private_attack,
-                prior=Prior(jnp.asarray(means), jnp.asarray(sent / variances)),
+                prior=Prior(jnp.asarray(means), jnp.asarray((noise * config.clip) ** 2 / variances)),
                 context=context,
             )
             hits = int((np.asarray(likeliest(targets, context)) == chosen[:, 0]).sum())
@@ -317,9 +323,23 @@ def _likeliest(pool: _Pool, message: attack.Message) -> Any:
     return fast_jit(lambda targets, contexts: jax.lax.map(one, (targets, contexts)))
 
 
+def inverse_roots(sketch: Sketch, rounds: Int[Array, " m"]) -> Float[Array, "m s s"]:
+    """(R_t R_t^T)^{-1/2} of each round, 0 where R_t R_t^T is: the covariance of R_t xi for white xi is R_t R_t^T, a
+    multiple of the identity for SRHT without replacement only where nothing is padded."""
+
+    def root(t: Array) -> Array:
+        gram = jax.vmap(lambda row: sketch.sk(t, sketch.desk(t, row)))(jnp.eye(sketch.s))
+        values, basis = jnp.linalg.eigh((gram + gram.T) / 2)
+        there = values > 1e-9 * values[-1]
+        return (basis * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, values, 1.0)), 0.0)) @ basis.T
+
+    return fast_jit(lambda rounds: jax.lax.map(root, rounds))(rounds)
+
+
 def _keys(pool: _Pool, messages: int, batch: int) -> Array:
-    each = [jax.random.split(jax.random.fold_in(jax.random.key(seed), batch), messages) for seed in pool.seeds]
-    return jnp.concatenate(each)
+    """Of the attacker's starts and the clients' noise: their own branch of each seed's key, weights are of others."""
+    own = [jax.random.fold_in(jax.random.key(seed), _ATTACK) for seed in pool.seeds]
+    return jnp.concatenate([jax.random.split(jax.random.fold_in(key, batch), messages) for key in own])
 
 
 def _judged(
@@ -337,11 +357,13 @@ def _judged(
     error = float(gap.std(ddof=1) / math.sqrt(len(gap))) if len(gap) > 1 else math.inf
     # one message, or no difference at all, is no evidence
     below = float(special.stdtr(len(gap) - 1, gap.mean() / error)) if 0 < error < math.inf else 1.0
+    psnrs = np.array([recovery.psnr(a, b) for a, b in zip(found, truth, strict=True)])
+    networks = len(pool.networks)
     return Leak(
         *(s, pool.d, chosen.shape[1], steps, noise),
         mse=float(errors.mean()),
         median=float(np.median(errors)),
-        psnr=float(np.mean([recovery.psnr(a, b) for a, b in zip(found, truth, strict=True)])),
+        psnr=float(psnrs.mean()),
         ssim=float(np.mean([recovery.ssim(a, b) for a, b in zip(found, truth, strict=True)])),
         guess=float(guessed.mean()),
         gap=float(gap.mean()),
@@ -354,5 +376,8 @@ def _judged(
         high=high,
         chance=chance,
         p_found=recovery.at_least(hits, len(indices), chance),
+        psnrs=tuple(psnrs.reshape(networks, -1).mean(1).tolist()),
+        medians=tuple(np.median(errors.reshape(networks, -1), 1).tolist()),
         by_likelihood=by_likelihood,
+        p_likelihood=1.0 if by_likelihood is None else recovery.at_least(by_likelihood, len(indices), 1 / len(pool.x)),
     )

@@ -97,23 +97,26 @@ def _seconds(timing: Timing) -> tuple[float, float]:
 # --- transform and sketches ---------------------------------------------------------------------------------------
 
 
-def butterflies(values: Array) -> Array:
+def butterflies(values: Any, numpy: Any = jnp) -> Any:
     """The transform as its textbook has it: log d passes of sums and differences, by reshaping."""
     d, width = values.shape[-1], 1
     while width < d:
         pairs = values.reshape(-1, 2, width)
-        values = jnp.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], 1)
+        values = numpy.concatenate([pairs[:, :1] + pairs[:, 1:], pairs[:, :1] - pairs[:, 1:]], 1)
         width *= 2
     return values.reshape(d)
 
 
-def transform_seconds(where: str, bits: int, rounds: int) -> tuple[float, float]:
-    """(ours, butterflies), after both gave the same."""
+def transform_seconds(where: str, bits: int, rounds: int, jitted: bool = True) -> tuple[float, float]:
+    """(ours, butterflies), after both gave the same; theirs compiled by JAX too, or a loop over NumPy's."""
     x = _numbers(1 << bits)
-    ours, theirs = jax.jit(fwht), jax.jit(butterflies)
-    if float(jnp.abs(ours(x) - theirs(x)).max()) > 1e-2 * (1 << bits) ** 0.5:
+    ours = functools.partial(jax.jit(fwht), x)
+    theirs = functools.partial(butterflies, np.asarray(x), np)
+    if jitted:
+        theirs = functools.partial(jax.jit(butterflies), x)
+    if float(jnp.abs(ours() - theirs()).max()) > 1e-2 * (1 << bits) ** 0.5:
         raise RuntimeError("expected one transform from both")
-    return _seconds(compare(functools.partial(ours, x), functools.partial(theirs, x), rounds=rounds, device=where))
+    return _seconds(compare(ours, theirs, rounds=rounds, device=where))
 
 
 def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
@@ -123,6 +126,8 @@ def transform_rows(bits: int, where: str, rounds: int) -> list[Ratio]:
     mine = (work, "4 bits as a product, then by two")
     found = [Ratio("fwht", *mine, "butterflies, jitted", JAX, ours, theirs, "s", 3.0)]
     if where == "cpu":
+        own, slow = here_or_on_one_core(transform_seconds, where, bits, max(6, rounds), False)
+        found.append(Ratio("fwht-numpy", *mine, "butterflies, NumPy", np.__version__, own, slow, "s", None))
         found.append(Ratio("fwht-core", *mine, "what was asked", "", ours, CORE_MS / 1e3, "s", 1.0))
     return found
 
@@ -241,19 +246,20 @@ def simulation_rows(clients: int, where: str, rounds: int) -> list[Ratio]:
     algorithm = fed_algorithm(model.loss, params, Sketched(sketch), local_steps=5)
 
     @jax.jit
-    def send(params: Any, key: Array, data: ClientData, client: Array) -> Array:
+    def local(params: Any, key: Array, data: ClientData, client: Array) -> Array:
         own = jax.random.fold_in(key, client)
-        return sketch.sk(0, algorithm.tree.flatten(algorithm.local(params, own, data, client)[0]))
+        return algorithm.tree.flatten(algorithm.local(params, own, data, client)[0])
 
     @jax.jit
-    def receive(params: Any, sent: list[Array]) -> Any:
-        update = algorithm.eta_g * sketch.desk(0, sum(sent[1:], sent[0]) / clients)
-        return jax.tree.map(jnp.add, params, sketch.unflatten(update))
+    def receive(params: Any, deltas: list[Array]) -> Any:
+        # their mean is sketched once, as in the program beside it
+        y = sketch.sk(0, sum(deltas[1:], deltas[0]) / clients)
+        return jax.tree.map(jnp.add, params, sketch.unflatten(algorithm.eta_g * sketch.desk(0, y)))
 
     numbers, key = [jnp.int32(client) for client in range(clients)], jax.random.key(0)
 
     def loop() -> Any:
-        return receive(params, [send(params, key, data, client) for client in numbers])
+        return receive(params, [local(params, key, data, client) for client in numbers])
 
     timing = compare(_round(algorithm, params, data), loop, rounds=max(6, rounds), warmup=2, device=where)
     work = f"a sketched round of {clients} clients, K = 5, d = {sketch.d:,}"
@@ -282,18 +288,19 @@ def _beside_flower(clients: int) -> list[Ratio]:  # pragma: no cover - flwr is i
 
 
 def overhead_rows(hidden: int, where: str, rounds: int, kinds: Sequence[str] = ("srht", "countsketch")) -> list[Ratio]:
-    """What a sketch adds to a round at d of a million: at most 10 %."""
-    model, data, params = problem(hidden, 4)
-    plain = fed_algorithm(model.loss, params, Plain(sum(leaf.size for leaf in jax.tree.leaves(params))), local_steps=5)
+    """What a sketch adds to a round at d of a million: at most 10 %. Of 4 clients in one program, which sketches their
+    mean, and of one, which sketches its own update."""
     found = []
-    for kind in kinds:
-        sketched = fed_algorithm(model.loss, params, kind=kind, ratio=10.0, local_steps=5)
-        timing = compare(
-            _round(sketched, params, data), _round(plain, params, data), rounds=max(6, rounds), warmup=2, device=where
-        )
-        work = f"a round of 4 clients, K = 5 on 32 examples, d = {plain.compressor.d:,}, {kind} to a tenth"
-        pair = ("sketched", "the plain round", JAX)
-        found.append(Ratio(f"overhead-{kind}", work, *pair, *_seconds(timing), "s", 1 / 1.1))
+    for clients, name in ((4, "4 clients"), (1, "one client")):
+        model, data, params = problem(hidden, clients)
+        whole = Plain(sum(leaf.size for leaf in jax.tree.leaves(params)))
+        plain = _round(fed_algorithm(model.loss, params, whole, local_steps=5), params, data)
+        for kind in kinds:
+            sketched = _round(fed_algorithm(model.loss, params, kind=kind, ratio=10.0, local_steps=5), params, data)
+            timing = compare(sketched, plain, rounds=max(6, rounds), warmup=2, device=where)
+            work = f"a round of {name}, K = 5 on 32 examples, d = {whole.d:,}, {kind} to a tenth"
+            pair = ("sketched", "the plain round", JAX)
+            found.append(Ratio(f"overhead-{kind}-{clients}", work, *pair, *_seconds(timing), "s", 1 / 1.1))
     return found
 
 

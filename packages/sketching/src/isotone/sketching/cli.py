@@ -1,4 +1,5 @@
-"""`isotone sketching ...`: train, server, client, attack, audit, account, compare, reproduce, bench, info."""
+"""`isotone sketching ...`: train, server, client, attack, audit, account, theory, compare, reproduce, bench,
+info."""
 
 from __future__ import annotations
 
@@ -19,8 +20,7 @@ from isotone.shared import device, progress
 from isotone.shared.checkpoint import atomic_write
 from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run, paper_app, run_main, verb
-from isotone.shared.data import sha256
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
 from isotone.sketching import plots, privacy, study
 from isotone.sketching import reproduce as reproduction
 from isotone.sketching.attack import AttackConfig
@@ -32,10 +32,13 @@ from isotone.sketching.models import MODELS, make_model
 from isotone.sketching.plan import Plan
 from isotone.sketching.privacy import PrivacyConfig
 from isotone.sketching.private_study import accounts
+from isotone.sketching.rounding import DTYPES
 from isotone.sketching.scales import ARMS as COMPARED
 from isotone.sketching.server import ServerConfig, serve
-from isotone.sketching.sketches import KINDS
-from isotone.sketching.training import ARMS, SERVERS, RunConfig
+from isotone.sketching.sketches import KINDS, make_sketch
+from isotone.sketching.texts import global_step, numbers_in, shape_of, whole_in
+from isotone.sketching.theory import Problem, convex_rounds_needed, rounds_needed, total_ratio
+from isotone.sketching.training import ARMS, SERVERS, RunConfig, run_keys
 from isotone.sketching.training import train as train_run
 from isotone.sketching.weights import load_weights
 
@@ -53,6 +56,7 @@ Rate = Annotated[float, Opt(help="the clients' learning rate")]
 Participants = Annotated[int | None, Opt(help="clients drawn for a round; all if not given")]
 Kind = Annotated[str, Opt(help=", ".join(KINDS))]
 Ratio = Annotated[float, Opt(help="times fewer bytes up than the weights have")]
+Dtype = Annotated[str, Opt(help=f"of a sketch's numbers: {', '.join(DTYPES)}")]
 Size = Annotated[int | None, Opt(help="in place of --ratio: s of a sketch, k, columns, rank or levels")]
 EtaG = Annotated[str, Opt(help="the global step: auto, 1/(1+alpha), or a number")]
 ServerOpt = Annotated[str, Opt("--server-opt", help=", ".join(SERVERS))]
@@ -86,7 +90,9 @@ def train(
     kind: Kind = "srht",
     ratio: Ratio = 10.0,
     size: Size = None,
+    dtype: Dtype = "float32",
     per_leaf: Annotated[bool, Opt("--per-leaf", help="a sketch of each leaf")] = False,
+    ordered: Annotated[bool | None, Opt(help="sums in a fixed order, for a sort; on a GPU if not given")] = None,
     eta_g: EtaG = "auto",
     server_opt: ServerOpt = "sgd",
     server_rate: ServerRate = 1.0,
@@ -102,9 +108,9 @@ def train(
         config = RunConfig(
             data=data, model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, straggle=straggle, weigh=weigh,
-            arm=arm, kind=kind, ratio=ratio, size=size, per_leaf=per_leaf, eta_g=_step(eta_g), server=server_opt,
-            server_rate=server_rate, epsilon=epsilon, noise=noise, clip=clip, sampling=sampling, delta=delta,
-            seed=_one_seed(run),
+            arm=arm, kind=kind, ratio=ratio, size=size, dtype=dtype, per_leaf=per_leaf, ordered=ordered,
+            eta_g=global_step(eta_g), server=server_opt, server_rate=server_rate, epsilon=epsilon, noise=noise,
+            clip=clip, sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
         run.out.mkdir(parents=True, exist_ok=True)
         with progress.bar(arm, rounds, run.silent) as bar:
@@ -153,6 +159,7 @@ def server(
     kind: Kind = "srht",
     ratio: Ratio = 10.0,
     size: Size = None,
+    dtype: Dtype = "float32",
     eta_g: EtaG = "auto",
     server_opt: ServerOpt = "sgd",
     server_rate: ServerRate = 1.0,
@@ -171,10 +178,10 @@ def server(
         config = RunConfig(
             model=model, hidden=hidden, clients=clients, concentration=concentration or None, rounds=rounds,
             local_steps=local_steps, batch=batch, rate=rate, participants=participants, arm=arm, kind=kind, ratio=ratio,
-            size=size, eta_g=_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise, clip=clip,
-            sampling=sampling, delta=delta, seed=_one_seed(run),
+            size=size, dtype=dtype, eta_g=global_step(eta_g), server=server_opt, server_rate=server_rate, noise=noise,
+            clip=clip, sampling=sampling, delta=delta, seed=_one_seed(run),
         )  # fmt: skip
-        plan = Plan(config, _shape(shape), classes)
+        plan = Plan(config, shape_of(shape), classes)
         limits = ServerConfig(host, port, deadline, wait_for, patience, linger, catch_up)
         with progress.bar("rounds", rounds, run.silent) as bar:
 
@@ -189,10 +196,10 @@ def server(
                 round_done=lambda t, heard: bar.advance(1, heard=heard),
             )
         events = {f"messages {name}": count for name, count in report.events.items() if count}
-        heard = sum(map(len, report.heard)) / max(1, len(report.heard))
+        known = [len(heard) for heard in report.heard if heard is not None]
         return {
             "rounds": len(report.heard),
-            "clients heard in a round": round(heard, 2),
+            "clients heard in a round": round(sum(known) / max(1, len(known)), 2),
             **events,
             "written": str(run.out / "ledger.json"),
         }
@@ -207,10 +214,12 @@ def client(
     port: Annotated[int, Opt(help="the server's port")] = 8765,
     data: Annotated[str, Opt(help="digits (its share of them), or an .npz of its own")] = "digits",
     patience: Annotated[float, Opt(help="seconds without a server before it gives up")] = 60.0,
+    epsilon: Annotated[float | None, Opt(help="the most that the server's plan may cost in all its rounds")] = None,
+    delta: Annotated[float, Opt(help="of --epsilon")] = 1e-5,
 ) -> dict:
     """Take part in the rounds of a server, with examples that stay here; comes back when the line breaks."""
     with _on(run.device):
-        config = ClientConfig(client, host, port, clients, data, patience)
+        config = ClientConfig(client, host, port, clients, data, patience, epsilon, delta)
         with progress.bar(f"client {client}", None, run.silent) as bar:
             done = run_client(config, run.out, run.resume, advanced=lambda t: bar.advance(1))
         found: dict[str, Any] = {
@@ -221,6 +230,7 @@ def client(
         }
         if done.privacy is not None:
             found["epsilon"] = f"{done.privacy['epsilon_rdp']:.4g} at delta {done.privacy['delta']:g}"
+            found["trust"] = done.privacy["trust"]
         return {**found, "written": str(run.out / "params.safetensors")}
 
 
@@ -267,12 +277,12 @@ def audit(
 ) -> dict:
     """What leaks from messages by size, batch, local steps and noise: audit.json and sheets of reconstructions."""
     config = AuditConfig(
-        tuple(s or None for s in _whole(sizes, "--sizes", 0)),
-        _whole(batches, "--batches", 1),
-        _whole(local_steps, "--local-steps", 1),
+        tuple(s or None for s in whole_in(sizes, "--sizes", 0)),
+        whole_in(batches, "--batches", 1),
+        whole_in(local_steps, "--local-steps", 1),
         messages=messages,
         kind=kind,
-        noises=_numbers(noises, "--noises"),
+        noises=numbers_in(noises, "--noises"),
         clip=clip,
         attack=AttackConfig(steps=steps, restarts=2),
         private_messages=private_messages,
@@ -315,6 +325,42 @@ def account(
 
 
 @verb(app)
+def theory(
+    run: Run,
+    numbers: Annotated[int, Opt(help="d, numbers in the weights")],
+    size: Annotated[int | None, Opt(help="s, numbers of the sketch; --ratio if not given")] = None,
+    ratio: Annotated[float, Opt(help="d / s")] = 10.0,
+    kind: Kind = "srht",
+    smoothness: Annotated[float, Opt(help="L")] = 1.0,
+    strong_convexity: Annotated[float, Opt(help="mu; 0: convex")] = 0.0,
+    local_steps: LocalSteps = 5,
+    gap: Annotated[float, Opt(help="f - f* at the start, of strongly convex problems")] = 1.0,
+    distance: Annotated[float, Opt(help="|w - w*| at the start, of convex problems")] = 1.0,
+    target: Annotated[float, Opt(help="f - f* to reach")] = 1e-2,
+) -> dict:
+    """What the theorems say of a sketch: alpha, step sizes, rounds until a target, numbers sent beside descent's."""
+    check_count("--numbers", numbers, 1)
+    sketch = make_sketch(kind, numbers, size, ratio=None if size is not None else ratio)
+    plain, own = (Problem(smoothness, strong_convexity, alpha) for alpha in (0.0, sketch.alpha))
+    if strong_convexity > 0:
+        rounds, without = (rounds_needed(problem, gap, target) for problem in (own, plain))
+    else:
+        rounds, without = (convex_rounds_needed(problem, distance**2, target) for problem in (own, plain))
+    return {
+        "s": sketch.s,
+        "alpha": round(sketch.alpha, 6),
+        "step (K = 1)": own.step if strong_convexity > 0 else own.convex_step,
+        "step, non-convex (K = 1)": own.step,
+        f"local step (K = {local_steps}, its constant recalled)": own.local_step(local_steps),
+        "rounds": rounds,
+        "rounds of gradient descent": without,
+        "numbers a round, each way": sketch.s,
+        "numbers in all over gradient descent's": round(rounds * sketch.s / (without * numbers), 4),
+        "(1 + alpha) s / d": round(total_ratio(numbers, sketch.s, sketch.alpha), 4),
+    }
+
+
+@verb(app)
 def compare(
     run: Run,
     data: Data = "digits",
@@ -322,25 +368,24 @@ def compare(
     hidden: Hidden = 32,
     arms: Annotated[str, Opt(help="by commas; all if not given")] = "",
     clients: Annotated[int, Opt(help="clients")] = 20,
-    concentration: Annotated[float, Opt(help="of the Dirichlet dealing by label")] = 0.5,
+    concentration: Concentration = 0.5,
     rounds: Annotated[int, Opt(help="rounds of FedAvg, whose bytes every arm may send")] = 60,
-    ratio: Annotated[float, Opt(help="times fewer bytes up than the weights have")] = 10.0,
-    rates: Annotated[str, Opt(help="learning rates to choose from, by commas")] = "0.1,0.5,1,2,4,8",
+    ratio: Annotated[float, Opt(help="times fewer bytes in a round of the compressed arms")] = 10.0,
+    rates: Annotated[
+        str, Opt(help="learning rates to choose from, by commas; the first and last are gone past")
+    ] = "0.1,0.5,1,2,4,8",
 ) -> dict:
     """Accuracy for equal bytes of FedAvg, sketches, top-k, FetchSGD, PowerSGD and QSGD: compare.json and bytes.png."""
     source = load(data)
     names = [name.strip() for name in arms.split(",")] if arms else list(COMPARED)
     if odd := [name for name in names if name not in COMPARED]:
         raise InputError(f"expected --arms of {', '.join(COMPARED)}, got {odd[0]!r}")
-    for name, count in (("rounds", rounds), ("clients", clients)):
-        if count < 1:
-            raise InputError(f"expected --{name} of at least 1, got {count}")
     setting = study.Setting(
-        model, hidden, clients, concentration, plain_rounds=rounds, ratio=ratio, rates=_numbers(rates, "--rates"),
-        looks=min(20, rounds), valid=max(1, len(source.x) // 5),
+        model, hidden, clients, concentration or None, plain_rounds=rounds, ratio=ratio,
+        rates=numbers_in(rates, "--rates"), valid=max(1, len(source.x) // 5),
     )  # fmt: skip
     seeds = run.seeds or (0,)
-    identity = {"compare": repr(setting), "data": sha256(source.x.tobytes()), "seeds": list(seeds)}
+    identity = {"compare": repr(setting), "data": source.digest, "seeds": list(seeds)}
     log = ArmLog(run.out, identity, run.resume)
     rows = []
     with progress.bar("compare", len(names), run.silent) as bar, _on(run.device):
@@ -359,9 +404,11 @@ def compare(
             f"{np.mean(final):.2f} % in {row['rounds']} rounds of {row['bytes_up']} bytes up, {row['bytes_down']} down"
         )
         if target is not None:
-            reached = study.bytes_to(row, target)
-            words += f"; {target:.1f} % " + ("never" if reached is None else f"after {reached / 1e3:.0f} kB")
-        found[row["arm"]] = f"{words}; rate {row['rate']:g}"
+            reached = [value for value in study.bytes_to(row, target) if value is not None]
+            some = f" by {len(reached)} of {len(seeds)} seeds" if len(reached) < len(seeds) else ""
+            words += f"; {target:.1f} % "
+            words += f"after {np.mean(reached) / 1e3:.0f} kB{some}" if reached else "never"
+        found[row["arm"]] = f"{words}; rate {row['rate']:g}" + (", an end of those tried" if row["end"] else "")
     return {**found, "written": str(run.out / "compare.json")}
 
 
@@ -388,7 +435,7 @@ def _audited(
     source = load(data)
     network = make_model(model, source.x.shape[1:], source.classes, hidden)
     seed = (run.seeds or (0,))[0]
-    params = network.init(jax.random.key(seed))
+    params = network.init(run_keys(seed)[0])
     if weights is not None:
         params = load_weights(weights, params)
     known = (source.x, source.y)
@@ -401,6 +448,8 @@ def _audited(
         what = what if leak.noise is None else f"noise {leak.noise:g}"
         words = f"PSNR {leak.psnr:.1f} dB, error {leak.mse:.2g} (class mean {leak.guess:.2g}), "
         words += f"identified {leak.found} of {leak.tried} among {leak.pool} (chance {100 * leak.chance:.1f} %)"
+        if leak.by_likelihood is not None:
+            words += f", likeliest in {leak.by_likelihood} (chance {100 / leak.pool:.1f} %)"
         said = "; the attack failed" if leak.failed else ""
         found[f"{what}, batch {leak.batch}, K = {leak.local_steps}"] = words + said
     found["written"] = str(run.out / f"{name}.json")
@@ -433,39 +482,9 @@ def _one_seed(run: Run) -> int:
     return seeds[0]
 
 
-def _step(text: str) -> str | float:
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"expected --eta-g to be auto or a number, got {text!r}") from None
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"expected --shape as numbers by commas such as 8,8,1, got {text!r}") from None
-
-
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise InputError(f"expected {option} as numbers by commas, got {text!r}") from None
-
-
-def _whole(text: str, option: str, least: int) -> tuple[int, ...]:
-    found = _numbers(text, option)
-    if not found or any(not value.is_integer() or value < least for value in found):
-        raise InputError(f"expected {option} as whole numbers from {least} by commas, got {text!r}")
-    return tuple(int(value) for value in found)
 
 
 def main() -> NoReturn:

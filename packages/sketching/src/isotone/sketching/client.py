@@ -1,13 +1,15 @@
 """A client of a run over TCP: it holds its own examples and nobody else's, and keeps the weights itself.
 
 It comes back when the connection is lost, with the round that it has; what it sends for a round is made once, so that
-sending it again changes nothing (and, in the private mode, releases nothing).
+sending it again changes nothing (and, in the private mode, releases nothing). How much noise there is stands in the
+server's plan: who does not trust the server demands an epsilon, and sends nothing where the plan costs more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import select
 import socket
 import time
@@ -20,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isotone.shared.checkpoint import atomic_write
+from isotone.shared.checkpoint import CheckpointStore, atomic_write
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
 from isotone.sketching.cohort import Work
 from isotone.sketching.data import ClientData, Dataset, deal, load
 from isotone.sketching.exchange import read_exactly
 from isotone.sketching.plan import Plan, steps_of
-from isotone.sketching.statement import own_noise_seed, privacy_statement
+from isotone.sketching.privacy import epsilons
+from isotone.sketching.statement import PLANNED, TRUST, own_noise_seed, privacy_statement
 from isotone.sketching.weights import save_weights
 from isotone.sketching.wire import HEADER, Expected, Message
 
@@ -36,7 +39,8 @@ from isotone.sketching.wire import HEADER, Expected, Message
 class ClientConfig:
     """`client`: its number; `clients`: how many the server must say there are (None: whatever it says). `data`:
     "digits", of which it takes its share, or an .npz of its own. `patience`: seconds without a server before it gives
-    up."""
+    up; one that waits for others is there. `epsilon` at `delta`: the most that all rounds of the server's plan may cost
+    (None: whatever it says, no noise at all included)."""
 
     client: int
     host: str = "127.0.0.1"
@@ -44,6 +48,8 @@ class ClientConfig:
     clients: int | None = None
     data: str = "digits"
     patience: float = 60.0
+    epsilon: float | None = None
+    delta: float = 1e-5
 
     def __post_init__(self) -> None:
         check_count("client", self.client, 0)
@@ -53,6 +59,10 @@ class ClientConfig:
             raise InputError(f"expected a port from 1 to 65535, got {self.port}")
         if not 0 < self.patience < float("inf"):
             raise InputError(f"expected patience in seconds above 0, got {self.patience}")
+        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(f"expected a finite epsilon above 0, got {self.epsilon}")
+        if not 0 < self.delta < 1:
+            raise InputError(f"expected delta in (0, 1), got {self.delta}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,18 +87,31 @@ def run_client(
 ) -> Finished:
     """Take part until the last round; weights and client.json end up in `folder`.
 
-    `advanced(t)` is called after each round. Raises `InputError` on data that do not fit the server's plan, on what the
-    server refuses, on a server that is not there for `patience` seconds and, in the private mode, on one that asks for
-    a round again with other weights: a second release.
+    `advanced(t)` is called after each round. Raises `InputError` on data that do not fit the server's plan, on a plan
+    that costs more than `config.epsilon`, on what the server refuses, on a server that is not there for `patience`
+    seconds, on a folder that another client works in and, in the private mode, on a server that asks for a round again
+    with other weights: a second release.
     """
     folder = Path(folder)
     source = load(config.data)
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = _Session(config, folder, source, resume, advanced).run()
-    save_weights(folder / "params.safetensors", finished.params)
-    said = {name: value for name, value in vars(finished).items() if name != "params"}
-    atomic_write(folder / "client.json", (json.dumps({"client": config.client, **said}, indent=1) + "\n").encode())
+    with CheckpointStore(folder):
+        finished = _Session(config, folder, source, resume, advanced).run()
+        save_weights(folder / "params.safetensors", finished.params)
+        said = {name: value for name, value in vars(finished).items() if name != "params"}
+        atomic_write(folder / "client.json", (json.dumps({"client": config.client, **said}, indent=1) + "\n").encode())
     return finished
+
+
+def check_demand(config: ClientConfig, plan: Plan) -> None:
+    """Raises `InputError` where all rounds of `plan` cost more than the client's own `epsilon` at its `delta`."""
+    if config.epsilon is None:
+        return
+    demand, privacy = f"a plan of epsilon {config.epsilon:g} or less at delta {config.delta:g}", plan.config.privacy()
+    if privacy is None:
+        raise InputError(f"expected {demand}, got one without noise")
+    cost, _ = epsilons(privacy.rate, privacy.noise, plan.config.releases, config.delta)
+    if cost > config.epsilon:
+        raise InputError(f"expected {demand}, got one of {cost:.4g} in {plan.config.releases} releases")
 
 
 def own_share(source: Dataset, plan: Plan, client: int) -> ClientData:
@@ -149,7 +172,8 @@ class _Session:
         accuracy = float(self.plan.model.accuracy(self.work.params, *test))
         privacy, config = self.plan.config.privacy(), self.plan.config
         part = sum(self.config.client in self.plan.taken(t) for t in range(config.rounds))
-        statement = None if privacy is None else privacy_statement(privacy, config.local_steps, part)
+        trust = PLANNED if self.config.epsilon is None else TRUST
+        statement = None if privacy is None else privacy_statement(privacy, config.local_steps, part, trust)
         return Finished(self.work.params, accuracy, self.up, self.down, self.connections - 1, statement)
 
     def _talk(self, line: socket.socket) -> None:
@@ -157,8 +181,17 @@ class _Session:
         self._write(line, wire.encode(Message("hello", round=self.round, client=self.config.client)))
         greeting = self._read(line, Expected("plan", limit=HEADER + (1 << 16)))
         self._begin(Plan.parse(greeting.text))
+        # it may wait for others as long as it wants: what ends the waiting is the line's end
+        line.settimeout(None)
+        _keep_alive(line, self.config.patience)
+        try:
+            self._rounds(line, greeting.round)
+        finally:
+            self.last = time.monotonic()
+
+    def _rounds(self, line: socket.socket, now: int) -> None:
+        """All that are left, of a server at round `now`."""
         assert self.plan is not None
-        now = greeting.round
         while self.round < self.plan.config.rounds:
             # what is there already comes first: who is behind catches up before it computes
             behind = self.round < now or bool(select.select([line], [], [], 0)[0])
@@ -184,7 +217,6 @@ class _Session:
             self.work.round = found.round
         else:
             raise InputError(f"expected the mean of round {self.round}, got {found.kind} of round {found.round}")
-        self.last = time.monotonic()
         if self.advanced is not None:
             self.advanced(self.round - 1)
 
@@ -197,8 +229,9 @@ class _Session:
         if self.config.clients not in (None, clients) or self.config.client >= clients:
             asked = f"{self.config.client} of {self.config.clients or 'any'}"
             raise InputError(f"expected a client of the server's {clients}, got {asked}")
+        check_demand(self.config, plan)
         data = own_share(self.source, plan, self.config.client)
-        secret = 0
+        secret = None
         if plan.config.private:
             self.releases = Releases(self.folder / "releases.json", plan, self.resume)
             secret = own_noise_seed(self.folder, self.releases.begun)
@@ -215,7 +248,7 @@ class _Session:
         values = self.work.message()
         seed, d = self.plan.config.seed, self.plan.compressor.d
         if np.isfinite(values).all():
-            made = Message("sketch", seed, t, self.config.client, d, values)
+            made = Message("sketch", seed, t, self.config.client, d, values, dtype=self.plan.config.dtype)
         else:
             made = Message("refused", seed, t, self.config.client, d, text="an update that is not finite")
         self.sent = (t, wire.encode(made))
@@ -235,6 +268,18 @@ class _Session:
         if (found := wire.decode(header + body)).kind == "refused":
             raise InputError(f"expected a place in the run, the server refused: {found.text}")
         return wire.decode(header + body, expected)
+
+
+def _keep_alive(line: socket.socket, patience: float) -> None:
+    """Asks a silent peer now and then whether it is there, so that the line of a host that is gone breaks after about
+    `patience` seconds."""
+    every = min(max(1, round(patience / 4)), 32767)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
+        # Linux has the first, macOS the second
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), every)
 
 
 class Releases:

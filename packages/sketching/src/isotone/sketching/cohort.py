@@ -19,8 +19,9 @@ from jax import Array
 from isotone.shared.errors import InputError
 from isotone.sketching.compressors import Compressor, Plain, Sketched
 from isotone.sketching.data import ClientData
-from isotone.sketching.federated import FedAlgorithm
-from isotone.sketching.training import round_keys
+from isotone.sketching.federated import FedAlgorithm, round_keys
+from isotone.sketching.rounding import RoundedSketch
+from isotone.sketching.training import RunConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +44,34 @@ def message_size(compressor: Compressor) -> int:
     """Numbers that a client sends. Raises `InputError` where what is sent is not linear in the update."""
     if isinstance(compressor, Plain):
         return compressor.d
-    if isinstance(compressor, Sketched):
+    if isinstance(compressor, Sketched | RoundedSketch):
         return compressor.sketch.s
     raise InputError(f"expected updates that can be added unseen, got {type(compressor).__name__}")
 
 
+def check_carried(config: RunConfig) -> None:
+    """Raises `InputError` on what is drawn or weighed in a simulation alone: stragglers, which are real elsewhere, and
+    clients that count by size, which a server that sees sketches does not know."""
+    if config.straggle:
+        raise InputError(f"expected no drawn stragglers over a network, got straggle {config.straggle}")
+    if config.weigh != "equal":
+        raise InputError(f"expected clients of equal weight over a network, got weigh {config.weigh!r}")
+
+
+def check_flower(config: RunConfig) -> None:
+    """Raises `InputError` on what a run on Flower can not do: also the private mode, whose clients need noise of their
+    own and a note of what they have answered, and numbers of fewer bits, since Flower carries NumPy's arrays."""
+    check_carried(config)
+    if config.private:
+        noise = f"epsilon {config.epsilon}" if config.noise is None else f"noise {config.noise}"
+        raise InputError(f"expected a run that is not private on Flower, got {noise}: `client` keeps a seed of its own")
+    if config.dtype != "float32":
+        raise InputError(f"expected numbers of float32 on Flower, got {config.dtype}")
+
+
 def make_steps(algorithm: FedAlgorithm, params: Any, key: Array) -> Steps:
-    """The halves of `algorithm.round(state, key, data)`: with them all clients together do what it does.
+    """The halves of `algorithm.round(state, key, data)`: with them all clients together do what it does. (Rounded
+    numbers are rounded by the client's number here, and there by its place among those who take part.)
 
     `params`: the weights that everybody begins with; `key`: that of the rounds. Raises `InputError` on a compressor
     that is not linear.
@@ -60,15 +82,12 @@ def make_steps(algorithm: FedAlgorithm, params: Any, key: Array) -> Steps:
     def send(params: Any, t: Array, x: Array, y: Array, size: Array, client: Array) -> Array:
         own = jax.random.fold_in(round_keys(key, t)[2], client)
         delta, _ = update(params, own, ClientData(x, y, size), jnp.int32(0))
-        return sketch_of(algorithm, t, algorithm.tree.flatten(delta))
+        flat, compressor = algorithm.tree.flatten(delta), algorithm.compressor
+        if isinstance(compressor, RoundedSketch):
+            return compressor.up(t, round_keys(key, t)[3], client, flat)
+        return compressor.sketch.sk(t, flat) if isinstance(compressor, Sketched) else flat
 
     return Steps(params, algorithm, jax.jit(send), jax.jit(receive(algorithm)))
-
-
-def sketch_of(algorithm: FedAlgorithm, t: Array, flat: Array) -> Array:
-    """R_t x, or x where nothing is compressed."""
-    compressor = algorithm.compressor
-    return compressor.sketch.sk(t, flat) if isinstance(compressor, Sketched) else flat
 
 
 def receive(algorithm: FedAlgorithm) -> Callable[..., tuple[Any, Any]]:
@@ -77,7 +96,7 @@ def receive(algorithm: FedAlgorithm) -> Callable[..., tuple[Any, Any]]:
 
     def step(params: Any, optimizer: Any, t: Array, y: Array) -> tuple[Any, Any]:
         compressor = algorithm.compressor
-        flat = compressor.sketch.desk(t, y) if isinstance(compressor, Sketched) else y
+        flat = compressor.sketch.desk(t, y) if isinstance(compressor, Sketched | RoundedSketch) else y
         update = algorithm.tree.unflatten(algorithm.eta_g * flat)
         moved, optimizer = algorithm.server_opt.update(jax.tree.map(jnp.negative, update), optimizer, params)
         return optax.apply_updates(params, moved), optimizer
@@ -133,6 +152,16 @@ class Work:
         self.round = int(arrays[-1])
 
 
+def mean_of(messages: Mapping[Any, np.ndarray], t: int) -> np.ndarray:
+    """The mean (s,) of round t's messages, added in the order of their names: who was first changes nothing. Raises
+    `InputError` where their sum is not finite."""
+    with np.errstate(over="ignore"):
+        total = np.sum([messages[name] for name in sorted(messages)], 0, dtype=np.float32)
+    if not np.isfinite(total).all():
+        raise InputError(f"expected updates whose sum is finite, got infinity in round {t}")
+    return np.asarray(total / np.float32(len(messages)), np.float32)
+
+
 @dataclass
 class Means:
     """The server's half: the means of all rounds of `s` numbers, and up to where each client was told of them."""
@@ -154,13 +183,12 @@ class Means:
     def add(self, messages: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, list[str]]:
         """The round's mean, kept, and who was not counted: those of another size or with numbers that are not finite.
 
-        None, and nothing kept, where nobody is left. In the order of names, so that who was first changes nothing.
+        None, and nothing kept, where nobody is left. Raises `InputError` as `mean_of`.
         """
         good = {name: m for name, m in messages.items() if m.shape == (self.s,) and np.isfinite(m).all()}
         bad = sorted(set(messages) - set(good))
         if not good:
             return None, bad
-        total = np.sum([good[name] for name in sorted(good)], 0, dtype=np.float32)
-        mean = np.asarray(total / np.float32(len(good)), np.float32)
+        mean = mean_of(good, len(self.history))
         self.history.append(mean)
         return mean, bad

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from isotone.shared.data import sha256
 from isotone.shared.errors import InputError
 
 
@@ -55,6 +56,12 @@ class Dataset:
     classes: int
     name: str = "data"
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples and labels."""
+        arrays = (self.x, self.y, self.test_x, self.test_y)
+        return sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+
 
 def digits() -> Dataset:
     """scikit-learn's digits, 1,297 to train on and 500 to test, pixels in [0, 1], (n, 8, 8, 1)."""
@@ -80,9 +87,11 @@ def load(source: str) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = np.asarray(file["x"], np.float32), np.asarray(file["y"])
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"expected arrays x and y in {source!r}: {error}") from None
-    if len(x) != len(y) or len(x) < 10 or y.ndim != 1:
+    if x.ndim < 2 or y.ndim != 1:
+        raise InputError(f"expected x (n, ...) and y (n,) in {source!r}, got shapes {x.shape} and {y.shape}")
+    if len(x) != len(y) or len(x) < 10:
         raise InputError(f"expected as many labels as examples, 10 or more, in {source!r}, got {len(y)} and {len(x)}")
     if not np.isfinite(x).all():
         raise InputError(f"expected finite examples in {source!r}, got NaN or infinity")

@@ -6,11 +6,13 @@ The formulas `bytes_up` and `bytes_down` are held to it, and the update that the
 from __future__ import annotations
 
 import math
+import os
 import queue
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +24,20 @@ from jaxtyping import Float
 
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
-from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK, top_k
+from isotone.sketching.compressors import (
+    QSGD,
+    Compressor,
+    FetchSGD,
+    Plain,
+    PowerSGD,
+    Sketched,
+    ThroughSketch,
+    TopK,
+    told,
+    top_k,
+)
+from isotone.sketching.integer import IntegerSketch, mask
+from isotone.sketching.rounding import RoundedSketch
 from isotone.sketching.wire import HEADER, Message
 
 
@@ -106,12 +121,12 @@ class Channel:
         return self._through(self.counted.down, client, kind, values, more)
 
     def _through(self, counts: list[int], client: int, kind: str, values: Any, more: dict[str, Any]) -> Message:
-        numbers = np.asarray(values, np.float32).reshape(-1)
+        numbers = np.asarray(values, np.uint32 if more.get("dtype") == "uint32" else np.float32).reshape(-1)
         sent = Message(kind, self.seed, self.round, client, self.d, numbers, **more)
         data = self.line.send(wire.encode(sent))
         counts[client] += len(data) - HEADER
         self.counted.headers += HEADER
-        wanted = wire.Expected(kind, self.seed, self.round, self.d, len(numbers), self.clients)
+        wanted = wire.Expected(kind, self.seed, self.round, self.d, len(numbers), sent.dtype, self.clients)
         return wire.decode(data, wanted)
 
     def mean(self, kind: str, rows: Any, **more: Any) -> np.ndarray:
@@ -138,10 +153,37 @@ def _plain(compressor: Plain, channel: Channel, key: Array, deltas: Array, clien
     return channel.all("mean", channel.mean("plain", deltas)).values
 
 
+def _back(compressor: ThroughSketch, channel: Channel, y: Any, **more: Any) -> Any:
+    """The update of the mean sketch `y`, desketched by the clients, or by the server where the way is one."""
+    desk = jax.jit(lambda y: compressor.sketch.desk(channel.round, y))
+    if compressor.one_way:
+        return channel.all("mean", desk(jnp.asarray(y))).values
+    return desk(jnp.asarray(channel.all("mean", y, **more).values))
+
+
 def _sketched(compressor: Sketched, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
     sketch, t = compressor.sketch, channel.round
-    down = channel.all("mean", channel.mean("sketch", jax.jit(jax.vmap(lambda x: sketch.sk(t, x)))(deltas)))
-    return jax.jit(lambda y: sketch.desk(t, y))(jnp.asarray(down.values))
+    y = channel.mean("sketch", jax.jit(jax.vmap(lambda x: sketch.sk(t, x)))(deltas))
+    return _back(compressor, channel, y)
+
+
+def _rounded(compressor: RoundedSketch, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
+    t, dtype, numbers = jnp.int32(channel.round), compressor.dtype, jnp.arange(len(deltas))
+    sent = jax.jit(jax.vmap(lambda client, delta: compressor.up(t, key, client, delta)))(numbers, deltas)
+    down = compressor.down(key, jnp.asarray(channel.mean("sketch", sent, dtype=dtype)))
+    return _back(compressor, channel, down, dtype=dtype)
+
+
+def _masked(compressor: IntegerSketch, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
+    """Words under masks of seeds that every pair shares: all that the server reads, and adds."""
+    t, count, sketch = channel.round, len(deltas), compressor.sketch
+    pairs = {(a, b): os.urandom(16) for a in range(count) for b in range(a + 1, count)}
+    total = np.zeros(sketch.s, np.uint32)
+    for client, (own, delta) in enumerate(zip(jax.random.split(key, count), deltas, strict=True)):
+        seeds = {other: pairs[min(client, other), max(client, other)] for other in range(count) if other != client}
+        words = np.asarray(compressor.code.encode(own, sketch.sk(t, delta)).words)
+        total += channel.up(client, "sketch", words + mask(seeds, client, t, sketch.s), dtype="uint32").values
+    return _back(compressor, channel, compressor.code.decode(jnp.asarray(total)) / count)
 
 
 def _sparse_of(message: Message) -> np.ndarray:
@@ -207,26 +249,29 @@ def _power(compressor: PowerSGD, channel: Channel, key: Array, deltas: Array, cl
 
 
 def _quantized(compressor: QSGD, channel: Channel, key: Array, deltas: Array, clients: Any, server: Any) -> Any:
+    """Steps, with the norm as their scale where there is one bucket, else after a message of the norms."""
     keys, levels = jax.random.split(key, len(deltas) + 1), compressor.levels
 
-    def steps(k: Array, row: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def through(send: Callable[..., Message], k: Array, row: Any) -> np.ndarray:
         row = jnp.asarray(row)
-        norm = float(jnp.linalg.norm(row))
-        values = np.asarray(compressor.quantize(k, row))
-        whole = np.rint(values / (norm or 1.0) * levels).astype(np.float32)
-        return whole, {"scale": norm, "extra": levels, "dtype": "bits"}
+        norms = np.asarray(compressor.norms(row), np.float32)
+        own = np.asarray(compressor.spread(jnp.asarray(np.where(norms > 0, norms, 1.0))))
+        steps = np.rint(np.asarray(compressor.quantize(k, row)) / own * levels).astype(np.float32)
+        more = {"extra": levels, "dtype": "bits"}
+        if compressor.buckets == 1:
+            return send("quantized", steps, scale=float(norms[0]), **more).numbers
+        told = compressor.spread(jnp.asarray(send("factors", norms).values))
+        return np.asarray(told) * send("quantized", steps, scale=1.0, **more).numbers
 
-    read = []
-    for client, delta in enumerate(deltas):
-        values, more = steps(keys[1 + client], delta)
-        read.append(channel.up(client, "quantized", values, **more).numbers)
-    values, more = steps(keys[0], np.mean(read, 0, dtype=np.float32))
-    return channel.all("quantized", values, **more).numbers
+    read = [through(partial(channel.up, client), keys[1 + client], delta) for client, delta in enumerate(deltas)]
+    return through(channel.all, keys[0], np.mean(read, 0, dtype=np.float32))
 
 
 _ROUNDS: dict[type, Callable[..., Any]] = {
     Plain: _plain,
     Sketched: _sketched,
+    RoundedSketch: _rounded,
+    IntegerSketch: _masked,
     TopK: _top_k,
     FetchSGD: _fetch,
     PowerSGD: _power,
@@ -256,7 +301,8 @@ def measure_bytes(compressor: Compressor, clients: int = 2, seed: int = 0, round
     deltas = jax.random.normal(keys[0], (clients, compressor.d))
     own, server = compressor.init(clients)
     t = jnp.asarray(round, jnp.int32)
-    wanted = jax.jit(compressor.combine)(t, keys[1], deltas, jnp.full(clients, 1 / clients), own, server).update
+    combined = jax.jit(compressor.combine)(t, keys[1], deltas, jnp.full(clients, 1 / clients), own, server)
+    wanted = combined.update
     with Loopback() as line:
         channel = Channel(line, clients, seed, round, compressor.d)
         update = exchange(compressor, channel, keys[1], deltas, own, server)
@@ -266,6 +312,6 @@ def measure_bytes(compressor: Compressor, clients: int = 2, seed: int = 0, round
         raise InputError(f"expected {sum(counted.up) + sum(counted.down)} bytes at the socket, got {received}")
     error = float(np.abs(update - np.asarray(wanted)).max() / max(float(jnp.linalg.norm(wanted)), 1e-30))
     return Measured(
-        *(counted.up[0], counted.down[0], compressor.bytes_up, compressor.bytes_down),
+        *(counted.up[0], counted.down[0], compressor.bytes_up, int(told(compressor, combined.server))),
         *(counted.headers // clients, error),
     )

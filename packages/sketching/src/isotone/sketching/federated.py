@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.compressors import Compressor, Result, Sketched, mean
+from isotone.sketching.compressors import Compressor, Result, Sketched, mean, told
 from isotone.sketching.data import ClientData, batch_of
 from isotone.sketching.integer import IntegerSketch
 from isotone.sketching.rounding import RoundedSketch
@@ -41,12 +41,13 @@ class FedState(NamedTuple):
 
 class RoundInfo(NamedTuple):
     """`loss`: mean of the participants' first local batches; `taken`: who took part (m,), by number; `heard`: whose
-    update was counted; `norm` of the update."""
+    update was counted; `norm` of the update; `down`: bytes that each client is told of it."""
 
     loss: Array
     taken: Int[Array, " m"]
     heard: Array
     norm: Array
+    down: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class FedAlgorithm:
     config: FedConfig
     server_opt: optax.GradientTransformation
     local_update: Callable[..., Any] | None = None
-    """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local SGD (private steps)."""
+    """`local_update(params, key, data, client) -> (delta, loss)` in place of plain local steps (private ones)."""
+    client_opt: optax.GradientTransformation | None = None
+    """Of the local steps, its state new in every round; SGD of `config.rate` where there is none."""
     mesh: Mesh | None = None
     """Devices that the participants of a round are split over. Each holds the weights and all examples; of a sketched
     round s numbers pass between them, one sum, and of other arms the updates. The same round as without, up to the
@@ -107,18 +110,20 @@ class FedAlgorithm:
         return self.compressor.scale if self.config.eta_g == "auto" else float(self.config.eta_g)
 
     def local(self, params: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
-        """K steps of SGD on one client: the difference they made, and the first batch's loss."""
-        config = self.config
+        """K steps on one client: the difference they made, and the first batch's loss."""
+        config, tx = self.config, self.client_opt or optax.sgd(self.config.rate)
 
-        def step(carry: Any, number: Array) -> tuple[Any, Array]:
+        def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
+            now, state = carry
             if config.batch:
                 x, y = batch_of(data, jax.random.fold_in(key, number), client, config.batch)
-                loss, gradient = jax.value_and_grad(self.loss_fn)(carry, x, y)
+                loss, gradient = jax.value_and_grad(self.loss_fn)(now, x, y)
             else:
-                loss, gradient = jax.value_and_grad(_whole(self.loss_fn))(carry, data, client)
-            return jax.tree.map(lambda p, g: p - config.rate * g, carry, gradient), loss
+                loss, gradient = jax.value_and_grad(_whole(self.loss_fn))(now, data, client)
+            updates, state = tx.update(gradient, state, now)
+            return (optax.apply_updates(now, updates), state), loss
 
-        after, losses = jax.lax.scan(step, params, jnp.arange(config.local_steps))
+        (after, _), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(config.local_steps))
         return jax.tree.map(jnp.subtract, after, params), losses[0]
 
     def round(self, state: FedState, key: Array, data: ClientData) -> tuple[FedState, RoundInfo]:
@@ -126,7 +131,7 @@ class FedAlgorithm:
         heard the weights stay."""
         clients, config = len(data), self.config
         m = config.participants or clients
-        chosen, late, local_key, wire_key = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        chosen, late, local_key, wire_key = round_keys(key, state.round)
         taken = jnp.arange(clients) if m == clients else jax.random.choice(chosen, clients, (m,), replace=False)
         update_fn = self.local_update or self.local
 
@@ -154,7 +159,8 @@ class FedAlgorithm:
         step, optimizer = self.server_opt.update(jax.tree.map(jnp.negative, update), state.optimizer, state.params)
         params = optax.apply_updates(state.params, step)
         loss = jnp.sum(jnp.where(heard, losses, 0.0)) / jnp.maximum(jnp.sum(heard), 1)
-        info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update))
+        down = jnp.asarray(told(self.compressor, found.server), jnp.int32)
+        info = RoundInfo(loss, taken, heard, jnp.linalg.norm(found.update), down)
         return FedState(params, state.round + 1, kept, found.server, optimizer), info
 
     def _split(self, function: Callable[..., Any], rows: bool) -> Callable[..., Any]:
@@ -172,9 +178,14 @@ class FedAlgorithm:
         names, sketch = self.mesh.axis_names, compressor.sketch
 
         def share(deltas: Array, weights: Array) -> Array:
-            return jax.lax.psum(mean(jax.vmap(lambda delta: sketch.sk(t, delta))(deltas), weights), names)
+            return jax.lax.psum(sketch.sk(t, mean(deltas, weights)), names)
 
         return sketch.desk(t, self._split(share, False)(deltas, weights))
+
+
+def round_keys(key: Array, t: int | Array) -> Array:
+    """The four keys of round t: who takes part, who is late, local steps, wire."""
+    return jax.random.split(jax.random.fold_in(key, t), 4)
 
 
 def run(algorithm: FedAlgorithm, state: FedState, key: Array, data: ClientData, rounds: int) -> Any:
@@ -192,29 +203,37 @@ def fed_algorithm(
     ratio: float = 10.0,
     seed: int = 0,
     per_leaf: bool = False,
+    ordered: bool | None = None,
     dtype: str = "float32",
+    one_way: bool = False,
     mesh: Mesh | None = None,
     server_opt: optax.GradientTransformation | None = None,
+    client_opt: optax.GradientTransformation | None = None,
     local_update: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> FedAlgorithm:
-    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`.
+    """Federated averaging through a channel: `compressor`, or a sketch of `kind` and `ratio` in numbers of `dtype`,
+    both ways or, `one_way`, up only.
 
-    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's. `mesh`:
-    see `FedAlgorithm`. Raises `InputError` where the compressor is for another number of weights, on a dtype beside
-    one, and on whole numbers that are to be weighed by size.
+    `settings`: fields of `FedConfig`. `server_opt`: SGD of rate 1 where none is given, which is the paper's.
+    `client_opt`: of the local steps, SGD of `rate` where none is given. `mesh`: see `FedAlgorithm`. `ordered`: of that
+    sketch, as `tree_sketch`. Raises `InputError` where the compressor is for another number of weights, on a dtype
+    beside one, and on whole numbers that are to be weighed by size.
     """
-    tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf)
-    if compressor is not None and dtype != "float32":
-        raise InputError(f"expected a compressor or a dtype, got {type(compressor).__name__} and {dtype}")
-    sketched: Compressor = Sketched(tree) if dtype == "float32" else RoundedSketch(tree, dtype)
+    tree = tree_sketch(params, kind, ratio=ratio, seed=seed, per_leaf=per_leaf, ordered=ordered)
+    if compressor is not None and (dtype != "float32" or one_way):
+        raise InputError(f"expected a compressor or how to send a sketch, got {type(compressor).__name__} and "
+                         f"{'one way' if one_way else dtype}")  # fmt: skip
+    sketched: Compressor = Sketched(tree, one_way=one_way)
+    if dtype != "float32":
+        sketched = RoundedSketch(tree, dtype, one_way=one_way)
     channel = sketched if compressor is None else compressor
     if channel.d != tree.d:
         raise InputError(f"expected a compressor for {tree.d} numbers, got one for {channel.d}")
     config = FedConfig(**settings)
     if isinstance(channel, IntegerSketch) and config.weigh != "equal":
         raise InputError(f"expected clients that weigh alike for sums of whole numbers, got weigh {config.weigh!r}")
-    return FedAlgorithm(loss_fn, channel, tree, config, server_opt or optax.sgd(1.0), local_update, mesh)
+    return FedAlgorithm(loss_fn, channel, tree, config, server_opt or optax.sgd(1.0), local_update, client_opt, mesh)
 
 
 def _whole(loss_fn: LossFn) -> Callable[..., Array]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isotone.shared.errors import InputError, check_count
-from isotone.sketching.cohort import Means, Steps, Work, make_steps
+from isotone.sketching.cohort import Means, Steps, Work, check_flower, make_steps
 from isotone.sketching.data import ClientData
 from isotone.sketching.training import RunConfig, prepare
 
@@ -165,10 +165,17 @@ def client_app(make: Callable[[int, Any], SketchClient]) -> ClientApp:  # pragma
     """`make(number, record)`: the client of a partition (a SuperNode's `partition-id`); called for every message, as
     Flower does. The `clientapp` of a Flower app is a plain assignment of it."""
 
-    def client_fn(context: Any) -> Client:
-        return make(int(context.node_config["partition-id"]), context.state).to_client()
+    return ClientApp(client_fn=_Numbered(make))
 
-    return ClientApp(client_fn=client_fn)
+
+class _Numbered:  # pragma: no cover - needs flwr
+    """What Flower calls for a client: a class of a module, which travels to Ray's processes by its name."""
+
+    def __init__(self, make: Callable[[int, Any], SketchClient]) -> None:
+        self.make = make
+
+    def __call__(self, context: Any) -> Client:
+        return self.make(int(context.node_config["partition-id"]), context.state).to_client()
 
 
 def serve(strategy: SketchedFedAvg, address: str = "127.0.0.1:8080") -> None:  # pragma: no cover - needs flwr
@@ -182,7 +189,9 @@ def join(client: SketchClient, address: str = "127.0.0.1:8080") -> None:  # prag
 
 
 def clients_of(config: RunConfig) -> tuple[Steps, Callable[[int, Any], SketchClient]]:  # pragma: no cover - needs flwr
-    """The steps of `config`, and its clients by number, each with its own share of the data."""
+    """The steps of `config`, and its clients by number, each with its own share of the data. Raises `InputError` as
+    `check_flower`."""
+    check_flower(config)
     setup = prepare(config)
     steps = make_steps(setup.algorithm, setup.params, setup.key)
     test = jnp.asarray(setup.dataset.test_x), jnp.asarray(setup.dataset.test_y)
@@ -235,8 +244,11 @@ def simulation(config: RunConfig, cpus: float = 1.0) -> SketchedFedAvg:  # pragm
 def simulate(config: RunConfig, rounds: int) -> float:  # pragma: no cover - needs flwr
     """Seconds per round of Flower's simulation, its start and the first round's compiling left out.
 
-    Raises `InputError` on fewer than 2 rounds.
+    Raises `InputError` on fewer than 2 rounds, and `RuntimeError` where a round had no updates.
     """
     check_count("rounds", rounds, 2)
-    finished = simulation(dataclasses.replace(config, rounds=rounds)).finished
+    strategy = simulation(dataclasses.replace(config, rounds=rounds))
+    if len(strategy.means.history) < rounds:
+        raise RuntimeError(f"expected updates in {rounds} rounds, got them in {len(strategy.means.history)}")
+    finished = strategy.finished
     return (finished[-1] - finished[0]) / (rounds - 1)

@@ -1,9 +1,11 @@
 """The fast Walsh-Hadamard transform, without a matrix: d log d additions in few passes over memory.
 
-H of 2^k is a Kronecker product, H_a x H_b x ... (section 9). Its lowest bits, where neighbours are combined, are one
-product with a small +-1 block: a row of 16 is too short to add up in vectors. Above them two bits at a time are four
-sums of four stretches, which the compiler does in one pass; three bits are no faster, and larger blocks as products
-cost more multiplications than they save passes. Where float32 is used the error grows like log d.
+H of d = m 2^k is a Kronecker product, H_{2^(k-2)} x H_{4m}, with m = 1 (Sylvester's matrix, section 9) or 3, 5, 7, 9
+(Paley's of 12, 20, 28 and 36): entries are +-1 and H H^T = d I for all of them, and padding to the next d adds a fifth
+at most to 32 and more numbers, where the next power of two is up to twice as many. The lowest bits, where neighbours
+are combined, are one product with a small +-1 block: a row of 16 is too short to add up in vectors. Above them two bits
+at a time are four sums of four stretches, which the compiler does in one pass. Where float32 is used the error grows
+like log d.
 """
 
 from __future__ import annotations
@@ -17,38 +19,59 @@ from jax import Array
 from jaxtyping import Float
 
 BLOCK_BITS = 4
+_PALEY = {3: 11, 5: 19, 7: 13, 9: 17}
+"""The prime q whose squares make H of 4m = q + 1, or 2 (q + 1) where q is 1 modulo 4."""
 
 
-def next_power(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, (n - 1).bit_length())
+def next_size(n: int) -> int:
+    """The smallest d >= n that is 2^k, or 3, 5, 7 or 9 times 2^k with k of at least 2."""
+    return min(m << max(0 if m == 1 else 2, (-(-n // m) - 1).bit_length()) for m in (1, *_PALEY))
 
 
 @functools.cache
-def _block(bits: int) -> np.ndarray:
-    matrix = np.ones((1, 1), np.float32)
-    for _ in range(bits):
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
+def _block(d: int, block_bits: int) -> np.ndarray:
+    """H_{4m}, or H_d's lowest bits. Raises `ValueError` where there is no H_d."""
+    bits = max(0, (d & -d).bit_length() - 1)
+    odd = d >> bits
+    if odd == 1:
+        matrix = np.ones((1, 1), np.float32)
+        for _ in range(min(block_bits, bits)):
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        return matrix
+    if odd not in _PALEY or bits < 2:
+        raise ValueError(f"expected 2^k, or 3, 5, 7 or 9 times 4 2^k, to transform, got {d}")
+    q = _PALEY[odd]
+    index = np.arange(q)
+    squares = np.isin(index, index[1:] ** 2 % q)
+    character = np.where(index == 0, 0, np.where(squares, 1, -1))[(index[:, None] - index) % q]
+    edge, one = np.ones((1, q)), np.eye(q + 1)
+    if q % 4 == 3:
+        return (one + np.block([[np.zeros((1, 1)), edge], [-edge.T, character]])).astype(np.float32)
+    whole = np.block([[np.zeros((1, 1)), edge], [edge.T, character]])
+    return (np.kron(whole, [[1, 1], [1, -1]]) + np.kron(one, [[1, -1], [-1, -1]])).astype(np.float32)
 
 
-def fwht(values: Float[Array, "*batch d"], block_bits: int = BLOCK_BITS) -> Float[Array, "*batch d"]:
-    """H v along the last axis, with H the unnormalised +-1 Hadamard matrix in natural order: twice is d v.
+def fwht(
+    values: Float[Array, "*batch d"], transpose: bool = False, block_bits: int = BLOCK_BITS
+) -> Float[Array, "*batch d"]:
+    """H v along the last axis, or H^T v, with H an unnormalised +-1 Hadamard matrix: H^T H v is d v.
 
-    d must be a power of two (`ValueError` otherwise). O(d log d); `block_bits`: of the product with a block.
+    d must be one of `next_size` (`ValueError` otherwise); of a power of two H is Sylvester's, in natural order, and
+    symmetric. O(d log d); `block_bits`: of the product with a block.
     """
-    d = values.shape[-1]
-    if d & (d - 1) or d == 0:
-        raise ValueError(f"expected a power of two to transform, got {d}")
-    bits, shape = d.bit_length() - 1, values.shape
-    done = min(block_bits, bits)
-    block = jnp.asarray(_block(done), values.dtype)
-    values = jnp.matmul(values.reshape(-1, 1 << done), block, precision=jax.lax.Precision.HIGHEST)
-    while done < bits:
+    d, shape = values.shape[-1], values.shape
+    matrix = _block(d, block_bits)
+    done = len(matrix)
+    values = jnp.matmul(
+        values.reshape(-1, done),
+        jnp.asarray(matrix if transpose else matrix.T, values.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    while done < d:
         # the odd bit first: its stretches are the shortest
-        step = 2 if (bits - done) % 2 == 0 else 1
-        values = _butterflies(values.reshape(-1, 1 << step, 1 << done))
-        done += step
+        step = 4 if (d // done).bit_length() % 2 else 2
+        values = _butterflies(values.reshape(-1, step, done))
+        done *= step
     return values.reshape(shape)
 
 

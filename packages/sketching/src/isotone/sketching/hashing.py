@@ -69,17 +69,20 @@ def normals(key: UInt32[Array, " 2"], index: UInt32[Array, ...]) -> Array:
 def permuted(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int[Array, ...]:
     """The images of `index` under a random permutation of [0, n).
 
-    A Feistel network on the bits that hold n, in two halves that need not be alike; values beyond n walk on until they
-    are inside: none where n is a power of two, else less than twice on average.
+    A Feistel network on pairs (left, right) that need not be alike: right has 2^low values, left as many as make n, or
+    the next power of two. There values beyond n walk on until they are inside, less than twice on average; where n has
+    a third of its bits as factors of two, none are.
     """
-    bits = (n - 1).bit_length()
-    low = bits - bits // 2
-    masks = jnp.uint32((1 << (bits - low)) - 1), jnp.uint32((1 << low) - 1)
+    bits, twos = (n - 1).bit_length(), (n & -n).bit_length() - 1
+    exact = 3 * twos >= bits
+    low = min(bits - bits // 2, twos) if exact else bits - bits // 2
+    lefts, last = n >> low if exact else 1 << (bits - low), jnp.uint32((1 << low) - 1)
 
     def twice(number: Array, value: Array) -> Array:
-        left, right = value >> low, value & masks[1]
-        left = left ^ (words(key + 2 * number, right) & masks[0])
-        right = right ^ (words(key + 2 * number + 1, left) & masks[1])
+        left, right = value >> low, value & last
+        left = left + below(key + 2 * number, right, lefts).astype(jnp.uint32)
+        left = jnp.where(left < jnp.uint32(lefts), left, left - jnp.uint32(lefts))
+        right = right ^ (words(key + 2 * number + 1, left) & last)
         return (left << low) | right
 
     def network(value: Array) -> Array:
@@ -93,7 +96,7 @@ def permuted(key: UInt32[Array, " 2"], index: UInt32[Array, ...], n: int) -> Int
         return jnp.where(inside(value), value, network(value))
 
     value = network(index.astype(jnp.uint32))
-    if n == 1 << bits:
+    if exact:
         return value.astype(jnp.int32)
     value = jax.lax.while_loop(lambda v: ~jnp.all(inside(v)), walk, value)
     return value.astype(jnp.int32)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from isotone.shared.errors import InputError
+from isotone.shared.errors import InputError, check_count
+from isotone.sketching.compiling import fast_jit
 
 MODELS = ("linear", "mlp", "cnn")
 
@@ -42,11 +44,14 @@ class Model:
         return jnp.mean(jnp.argmax(self.apply(params, jnp.asarray(x)), -1) == jnp.asarray(y))
 
 
+@functools.lru_cache(maxsize=64)
 def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32) -> Model:
     """ "linear"; "mlp", one hidden layer of sigmoid units; "cnn", two convolutions of 12 and 24 channels, each halving
-    the picture, and a linear layer (sigmoid units, as the attack's papers have). Raises `InputError` on another."""
+    the picture, and a linear layer (sigmoid units, as the attack's papers have). Raises `InputError` on
+    another, and on no unit."""
     if name not in MODELS:
         raise InputError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
+    check_count("hidden", hidden, 1)
     inputs = math.prod(shape)
 
     def dense(key: Array, a: int, b: int) -> dict[str, Array]:
@@ -54,7 +59,7 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32
 
     if name == "linear":
         return Model(
-            *(name, shape, classes, lambda key: dense(key, inputs, classes)),
+            *(name, shape, classes, fast_jit(lambda key: dense(key, inputs, classes))),
             lambda p, x: x.reshape(len(x), -1) @ p["w"] + p["b"],
         )
     if name == "mlp":
@@ -67,7 +72,7 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32
             h = jax.nn.sigmoid(x.reshape(len(x), -1) @ p["1"]["w"] + p["1"]["b"])
             return h @ p["2"]["w"] + p["2"]["b"]
 
-        return Model(name, shape, classes, init_mlp, apply_mlp)
+        return Model(name, shape, classes, fast_jit(init_mlp), apply_mlp)
     if len(shape) != 3 or min(shape[:2]) < 4:
         raise InputError(f"expected pictures (height, width, channels) of 4 x 4 or more for cnn, got {shape}")
     height, width, channels = shape
@@ -89,4 +94,4 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, hidden: int = 32
             x = jax.nn.sigmoid(x + p[layer]["b"])
         return x.reshape(len(x), -1) @ p["3"]["w"] + p["3"]["b"]
 
-    return Model(name, shape, classes, init_cnn, apply_cnn)
+    return Model(name, shape, classes, fast_jit(init_cnn), apply_cnn)

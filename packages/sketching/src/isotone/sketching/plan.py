@@ -14,12 +14,16 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from isotone.shared.errors import InputError
-from isotone.sketching.cohort import Steps, make_steps
-from isotone.sketching.compressors import Compressor, Sketched
+from isotone.sketching.cohort import Steps, check_carried, make_steps, message_size
+from isotone.sketching.compressors import Compressor
+from isotone.sketching.federated import round_keys
 from isotone.sketching.models import Model, make_model
-from isotone.sketching.training import RunConfig, make_algorithm, make_compressor, round_keys, run_keys
+from isotone.sketching.rounding import RoundedSketch
+from isotone.sketching.training import RunConfig, make_algorithm, make_compressor, run_keys
 
 LINEAR_ARMS = ("sketch", "plain", "rand-k")
 
@@ -40,10 +44,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.config.arm not in LINEAR_ARMS:
             raise InputError(f"expected an arm of {', '.join(LINEAR_ARMS)} for a server, got {self.config.arm!r}")
-        if self.config.straggle:
-            raise InputError(f"expected no drawn stragglers over a network, got straggle {self.config.straggle}")
-        if self.config.weigh != "equal":
-            raise InputError(f"expected clients of equal weight over a network, got weigh {self.config.weigh!r}")
+        check_carried(self.config)
         if self.classes < 2 or not self.shape or min(self.shape) < 1:
             raise InputError(f"expected 2 classes or more and a shape, got {self.classes} and {self.shape}")
         self.compressor  # noqa: B018 - its own checks
@@ -64,7 +65,14 @@ class Plan:
     @property
     def s(self) -> int:
         """Numbers in a message."""
-        return self.compressor.sketch.s if isinstance(self.compressor, Sketched) else self.compressor.d
+        return message_size(self.compressor)
+
+    def down(self, t: int, mean: np.ndarray) -> np.ndarray:
+        """The mean of round t as it is sent: rounded where what clients send is, alike by whoever rounds it."""
+        if not isinstance(self.compressor, RoundedSketch):
+            return mean
+        key = round_keys(run_keys(self.config.seed)[1], t)[3]
+        return np.asarray(self.compressor.down(key, jnp.asarray(mean)))
 
     def taken(self, t: int) -> list[int]:
         """Who takes part in round t: what `FedAlgorithm.round` draws."""
@@ -95,8 +103,9 @@ def _drawn(seed: int, clients: int, m: int, t: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def steps_of(plan: Plan, noise_seed: int = 0) -> Steps:
-    """First weights and compiled steps; `noise_seed`: of the private mode's noise."""
+def steps_of(plan: Plan, noise_seed: int | None = None) -> Steps:
+    """First weights and compiled steps; `noise_seed`: of the private mode's noise. Raises `InputError` on a private
+    plan without one."""
     start, rounds = run_keys(plan.config.seed)
     params = plan.model.init(start)
     algorithm = make_algorithm(plan.config, plan.model, params, plan.config.privacy(), noise_seed)

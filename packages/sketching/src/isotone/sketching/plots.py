@@ -31,18 +31,17 @@ def against_bytes(rows: Sequence[Row], what: str = "accuracy") -> Any:
 
 
 def convergence(curves: Sequence[Row]) -> Any:
-    """Each measured curve with its bound, dashed, of the same colour: a panel for each problem."""
-    problems = list(dict.fromkeys(curve["problem"] for curve in curves))
-    drawing, first = figure(
-        f"Measured (solid) and bound (dashed), {problems[0]}", "", "", size=(8.4, 3.1 * len(problems))
-    )
+    """Each measured curve with its bound, dashed, of the same colour: a panel for each problem and number of local
+    steps."""
+    panels = list(dict.fromkeys((curve["problem"], curve["local_steps"]) for curve in curves))
+    drawing, first = figure("Measured (solid) and bound (dashed)", "", "", size=(8.4, 3.1 * len(panels)))
     # the house's colours are the first axes' own
     colours = [first.plot([])[0].get_color() for _ in range(8)]
     first.remove()
-    axes = drawing.subplots(len(problems), 1, squeeze=False)[:, 0]
-    for axis, problem in zip(axes, problems, strict=True):
+    axes = drawing.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (problem, steps) in zip(axes, panels, strict=True):
         axis.set_prop_cycle(color=colours)
-        for curve in (curve for curve in curves if curve["problem"] == problem):
+        for curve in (curve for curve in curves if (curve["problem"], curve["local_steps"]) == (problem, steps)):
             start, rounds = curve["value"][0], range(1, len(curve["value"]))
             value = np.array(curve["value"][1:]) / start
             (line,) = axis.plot(rounds, value, label=f"{curve['kind']}, s = {curve['s']}")
@@ -55,8 +54,9 @@ def convergence(curves: Sequence[Row]) -> Any:
         axis.spines[["top", "right"]].set_visible(False)
         what = "least |gradient|^2" if problem == "non-convex" else "f - f*"
         axis.set_ylabel(f"{what}, over the start")
-        axis.set_title(f"{problem}: measured (solid), bound (dashed)", loc="left", fontsize=11, fontweight="bold")
-    axes[0].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        many = f", K = {steps}, {curve['clients']} clients, bound recalled" if steps > 1 else ""
+        axis.set_title(f"{problem}{many}: measured (solid), bound (dashed)", loc="left", fontsize=11, fontweight="bold")
+        axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("rounds")
     return drawing
 

@@ -1,13 +1,15 @@
 """The private mode: clipped per-example gradients, Gaussian noise, and what K T releases of it cost (section 2.6).
 
-Adjacency: add or remove one example. Trust: local by default, every client noises its own steps before anything leaves
-it, so that sketching, averaging and desketching are post-processing and cost nothing. Sampling is Poisson, as is
-accounted for. Noise comes from a key of the client's own, never from the sketch's seed; `jax.random` is not a
-cryptographic source, and a seed of it has 32 bits.
+Adjacency: add or remove one example; how many a client has is public and stays, since its steps are divided by it.
+Trust: local by default, every client noises its own steps before anything leaves it, so that sketching, averaging and
+desketching are post-processing and cost nothing. Sampling is Poisson, as is accounted for. Noise comes from a key of
+the client's own, never from the sketch's seed; `jax.random` is not a cryptographic source, and a seed of it has 32
+bits.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +92,6 @@ def noised_gradient(
 def with_noise(tree: Any, key: Array, deviation: Array | float) -> Any:
     """The tree with normal noise of that deviation on every number; `key` is to be its owner's alone."""
     leaves, structure = jax.tree.flatten(tree)
-    # one draw for all leaves: half as long to compile as one for each
     drawn = jax.random.normal(key, (sum(leaf.size for leaf in leaves),))
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     noised = [
@@ -155,7 +156,11 @@ def private_client(
 
 def _own_key(seed: int | Array, client: Array, key: Array) -> Array:
     """A client's own key of a round: of the seed it alone knows; the round's public key only tells rounds apart."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), client), jax.random.bits(key))
+    own = jax.random.fold_in(jax.random.key(seed), client)
+    # all of the public key: two rounds of equal noise would show the difference of their updates
+    for word in jax.random.key_data(key).reshape(-1):
+        own = jax.random.fold_in(own, word)
+    return own
 
 
 def sketch_noise(noise: float, d: int, s: int) -> float:
@@ -273,7 +278,8 @@ def theorem_sigma(
     if not 0 < rate <= 1:
         raise InputError(f"expected a sampling rate in (0, 1], got {rate}")
     steps, slack = local_steps * rounds, delta / 2
-    low, high = 0.0, epsilon
+    # beyond 700 e^eps overflows, and a step is as good as without noise
+    low, high = 0.0, min(epsilon, 700.0)
     for _ in range(200):
         middle = (low + high) / 2
         if advanced_composition(middle, 0.0, steps, slack)[0] <= epsilon:
@@ -336,6 +342,18 @@ class Accountant:
             event = dp_accounting.PoissonSampledDpEvent(self.rate, event)
         accountant.compose(event, self.releases)
         return float(accountant.get_epsilon(delta))
+
+
+def epsilons(rate: float, noise: float, releases: int, delta: float) -> tuple[float, float | None]:
+    """What `releases` cost at `delta`: by Renyi divergence, and by privacy loss distributions, None where dp-accounting
+    is not installed."""
+    accountant = Accountant(rate, noise, releases)
+    loose = accountant.epsilon(delta)
+    if not releases:
+        return loose, 0.0
+    if importlib.util.find_spec("dp_accounting") is None:
+        return loose, None
+    return loose, accountant.pld_epsilon(delta)
 
 
 def calibrate(epsilon: float, delta: float, rate: float, releases: int) -> float:

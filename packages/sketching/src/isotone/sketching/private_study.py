@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from isotone.shared.errors import InputError
@@ -26,7 +27,8 @@ from isotone.sketching.data import ClientData, Dataset
 from isotone.sketching.federated import fed_algorithm
 from isotone.sketching.models import Model, make_model
 from isotone.sketching.privacy import PrivacyConfig
-from isotone.sketching.study import Dealt, Setting, compressors, dealt, local_sgd, starts
+from isotone.sketching.study import Dealt, Setting, compressors, dealt, starts
+from isotone.sketching.training import run_keys
 
 TRUSTS = ("local", "local, not sketched", "central", "client")
 
@@ -97,17 +99,12 @@ def private(
 def accounts(epsilon: float, delta: float, sampling: float, releases: int, noise: float) -> dict[str, Any]:
     """The accountants side by side: `rdp` and, where dp-accounting is installed, `pld`, the epsilons of `noise`; the
     multiplier `theorem` that the theorem's composition asks for at `epsilon`."""
-    accountant = privacy.Accountant(sampling, noise)
-    accountant.spend(releases)
-    try:
-        tight: float | None = accountant.pld_epsilon(delta)
-    except InputError:
-        tight = None
+    loose, tight = privacy.epsilons(sampling, noise, releases, delta)
     return {
         "delta": delta,
         "sampling": sampling,
         "releases": releases,
-        "rdp": accountant.epsilon(delta),
+        "rdp": loose,
         "pld": tight,
         "theorem": privacy.theorem_sigma(epsilon, delta, sampling, 1, releases),
     }
@@ -129,16 +126,15 @@ def _run(
     seeds: Array,
 ) -> Array:
     def one(noise: Array, rate: Array, seed: Array, own: Dealt, params: Any) -> Array:
-        key, mine = jax.random.key(seed), ClientData(*own)
+        (_, key), mine = run_keys(seed), ClientData(*own)
+        make = functools.partial(fed_algorithm, model.loss, params, compressor)
         if trust == "client":
-            steps = local_sgd(model, setting, rate)
-            local = privacy.private_client(steps, config.clip, noise, setting.clients, seed + 1000)
+            plain = make(client_opt=optax.sgd(rate), local_steps=setting.local_steps, batch=setting.batch)
+            local = privacy.private_client(plain.local, config.clip, noise, setting.clients, seed + 1000)
         else:
             shares = setting.clients if trust == "central" else 1
             local = privacy.private_local(model.loss, config, 1, rate, seed + 1000, clients=shares, noise=noise)
-        algorithm = fed_algorithm(
-            *(model.loss, params, compressor), local_update=local, weigh="size" if trust == "central" else "equal"
-        )
+        algorithm = make(local_update=local, weigh="size" if trust == "central" else "equal")
         state, _ = federated.run(algorithm, algorithm.init(params, setting.clients), key, mine, rounds)
         return model.accuracy(state.params, *test)
 

@@ -18,7 +18,6 @@ import numpy as np
 from isotone.shared import device, progress
 from isotone.shared.claims import ArmLog, Report
 from isotone.shared.cli import Run
-from isotone.shared.data import sha256
 from isotone.shared.errors import InputError
 from isotone.sketching import claims, convergence, plots, privacy, study
 from isotone.sketching.audit import AuditConfig, AuditReport, audit_networks
@@ -28,8 +27,9 @@ from isotone.sketching.models import make_model
 from isotone.sketching.private_study import private
 from isotone.sketching.scales import SCALES, Scale
 from isotone.sketching.sketches import make_sketch
+from isotone.sketching.training import run_keys
 
-VERSION = 2
+VERSION = 3
 SHOWN = 6
 """Pictures of a row that are kept."""
 
@@ -51,12 +51,19 @@ def reproduce(scale: str, run: Run, data: str = "digits") -> Report:
 def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
     begin = time.perf_counter()
     source = load(data)
-    digest = sha256(source.x.tobytes() + source.test_x.tobytes())
     seeds = tuple(run.seeds or setting.seeds)
-    identity = {"scale": scale, "version": VERSION, "data": digest, "seeds": list(seeds)}
+    identity = {"scale": scale, "version": VERSION, "data": source.digest, "seeds": list(seeds)}
     log = ArmLog(run.out, identity, run.resume)
-    bounds = len(setting.problems) * len(setting.curves) + len(setting.sent)
-    steps = len(setting.arms) + len(setting.kinds) + bounds + len(setting.trusts) + len(setting.audits) + 2
+    bounds = len(setting.problems) * len(setting.curves) + len(setting.local_curves) + len(setting.sent)
+    steps = (
+        len(setting.arms)
+        + len(setting.kinds)
+        + bounds
+        + len(setting.trusts)
+        + len(setting.audits)
+        + setting.ablations
+        + 1
+    )
     with progress.bar("sketching", steps, run.silent) as bar:
 
         def arm(name: str, config: Any, function: Callable[[], Any]) -> Any:
@@ -78,11 +85,17 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
             for problem in setting.problems
             for kind, s in setting.curves
         ]
+        curves += [
+            arm(
+                f"{problem}, {kind} {s}, locally", draws, partial(convergence.measured_locally, problem, kind, s, draws)
+            )
+            for problem, kind, s in setting.local_curves
+        ]
         sent = [
             arm(f"numbers {kind} {s}", draws, partial(convergence.numbers_sent, kind, s, draws))
             for kind, s in setting.sent
         ]
-        broken = arm("ablations", None, convergence.ablations)
+        broken = arm("ablations", None, convergence.ablations) if setting.ablations else None
         audits = {
             name: arm(f"attack {name}", (setting.hidden, config), partial(_audit, source, setting, seeds, config))
             for name, config in setting.audits
@@ -111,7 +124,7 @@ def _reproduce(setting: Scale, scale: str, run: Run, data: str) -> Report:
         seeds,
         "jax",
         measurements=measurements if setting.judged else claims.unjudged(measurements),
-        data=[{"name": source.name, "sha256": digest}],
+        data=[{"name": source.name, "sha256": source.digest}],
         seconds=max(log.seconds, time.perf_counter() - begin),
         figures=_figures(rows, curves, audits, under, trained, inputs),
     )
@@ -126,14 +139,15 @@ def _untrained(setting: Scale) -> dict[float, dict[str, Any]]:
     """The noise of each epsilon, where no training says how many rounds there are."""
     mode = setting.private
     found = [(privacy.calibrate(e, mode.delta, mode.sampling, mode.rounds[-1]), e) for e in mode.epsilons]
-    return {noise: {"noise": noise, "epsilon": epsilon, "accuracy": []} for noise, epsilon in found}
+    shared = {"accuracy": [], "releases": mode.rounds[-1]}
+    return {noise: {"noise": noise, "epsilon": epsilon, **shared} for noise, epsilon in found}
 
 
 def _audit(source: Dataset, setting: Scale, seeds: tuple[int, ...], config: AuditConfig) -> dict[str, Any]:
     """Attacks on examples of the test split by an attacker who has the training split: weights that were not trained,
     those of each seed."""
     model = make_model("mlp", source.x.shape[1:], source.classes, setting.hidden)
-    networks = [model.init(jax.random.key(seed)) for seed in seeds]
+    networks = [model.init(run_keys(seed)[0]) for seed in seeds]
     known = (source.x, source.y)
     report = audit_networks(model, networks, source.test_x, source.test_y, config, known=known, seeds=seeds)
     return {"leaks": report.to_json(), "pictures": kept_pictures(report)}
@@ -160,9 +174,10 @@ def _figures(
     figures = {
         "accuracy-bytes": plots.against_bytes(rows),
         "loss-bytes": plots.against_bytes(rows, "loss"),
-        "bounds": plots.convergence(curves),
         "psnr": plots.psnr_by_size(drawn, inputs),
     }
+    if curves:
+        figures["bounds"] = plots.convergence(curves)
     if trained:
         final = float(np.mean([curve[-1] for curve in plain["accuracy"]]))
         figures["epsilon"] = plots.accuracy_by_epsilon(trained, final)

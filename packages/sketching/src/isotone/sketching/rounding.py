@@ -78,11 +78,17 @@ class RoundedSketch(ThroughSketch):
 
     @property
     def bytes_down(self) -> int:
-        return self.bytes_up
+        return super().bytes_down if self.one_way else self.bytes_up
+
+    def up(self, t: Array, key: Array, client: Array, delta: Float[Array, " d"]) -> Float[Array, " s"]:
+        """What `client` sends in round t, `key` that of the round's wire."""
+        return round_to(self.dtype, jax.random.fold_in(key, 1 + client), self.sketch.sk(t, delta))
+
+    def down(self, key: Array, y: Float[Array, " s"]) -> Float[Array, " s"]:
+        """The mean as it is sent back, or as what is sent back is made of it."""
+        return y if self.one_way else round_to(self.dtype, jax.random.fold_in(key, 0), y)
 
     def combine(self, t: Array, key: Array, deltas: Array, weights: Array, clients: Any, server: Any) -> Result:
-        """The mean of the rounded sketches, rounded, and back; key i + 1 rounds client i's, key 0 the mean."""
-        keys = jax.random.split(key, len(deltas) + 1)
-        sent = jax.vmap(lambda k, delta: round_to(self.dtype, k, self.sketch.sk(t, delta)))(keys[1:], deltas)
-        down = round_to(self.dtype, keys[0], mean(sent, weights))
-        return Result(self.sketch.desk(t, down), clients, server)
+        """The mean of the rounded sketches, rounded, and back."""
+        sent = jax.vmap(lambda client, delta: self.up(t, key, client, delta))(jnp.arange(len(deltas)), deltas)
+        return Result(self.sketch.desk(t, self.down(key, mean(sent, weights))), clients, server)

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 from isotone.sketching.attack import AttackConfig
 from isotone.sketching.audit import AuditConfig
-from isotone.sketching.convergence import PROBLEMS
+from isotone.sketching.convergence import CONVEX, PROBLEMS
 from isotone.sketching.private_study import TRUSTS, PrivateSetting
-from isotone.sketching.study import Setting
+from isotone.sketching.study import KINDS as SKETCHES
+from isotone.sketching.study import OTHERS, Setting
 
 KINDS = ("gaussian", "ams", "countsketch", "countsketch-blocks", "sparse", "srht-replace", "srht")
 """Of the table of 1 + alpha."""
-ARMS = (
-    *("fedavg", "srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k"),
-    *("top-k", "fetchsgd", "powersgd", "qsgd"),
-)
+ARMS = ("fedavg", *SKETCHES, *OTHERS)
 _FREE = AttackConfig(restarts=2, bounded=False)
 """The specification's attack: it does not know that pixels lie in [0, 1]."""
 
@@ -23,7 +21,9 @@ _FREE = AttackConfig(restarts=2, bounded=False)
 @dataclass(frozen=True)
 class Scale:
     """`setting` of the federated problem and its `arms`; `draws` of the embedding of each of `kinds`; `curves`: (kind,
-    s) beside the bounds of `problems`, each the mean of `curve_draws`, and `sent`, those whose numbers are counted;
+    s) beside the bounds of `problems`, each the mean of `curve_draws`; `local_curves`: (problem, kind, s) of several
+    local steps; `sent`: sketches whose numbers are counted;
+    `ablations`: whether to show what a fixed sketch and too large a step do;
     `audits` of plain messages and the `private_audit`, in which `control` is a noise that hides little; `private`
     training by each of `trusts` (where "local" is none of them the attacked noise is that of the last of its rounds).
     `judged`: whether the scale is large enough to say what holds. `hidden`: units of the MLP that is attacked, whose
@@ -36,8 +36,12 @@ class Scale:
     draws: int = 20_000
     problems: tuple[str, ...] = PROBLEMS
     curves: tuple[tuple[str, int], ...] = (("countsketch", 8), ("srht", 16), ("gaussian", 32), ("srht", 64))
+    local_curves: tuple[tuple[str, str, int], ...] = tuple(
+        (problem, kind, 32) for problem in CONVEX for kind in ("srht", "countsketch")
+    )
     sent: tuple[tuple[str, int], ...] = curves
     curve_draws: int = 20
+    ablations: bool = True
     hidden: int = 32
     audits: tuple[tuple[str, AuditConfig], ...] = (
         ("single", AuditConfig((None, 1024, 512, 256, 128, 64, 32), (1,), (1,), 4, attack=_FREE)),
@@ -55,16 +59,17 @@ class Scale:
 _PICTURES = Setting(model="cnn", plain_rounds=200)
 SCALES = {
     "smoke": Scale(
-        setting=Setting(plain_rounds=10, looks=5, rates=(4.0,), hidden=8, clients=10),
+        setting=Setting("linear", plain_rounds=10, looks=5, rates=(1.0,), clients=10),
         arms=("fedavg", "srht"),
         seeds=(0,),
         kinds=(),
-        problems=PROBLEMS[:1],
-        curves=(("srht", 64),),
+        curves=(),
+        local_curves=(),
         sent=(),
         curve_draws=5,
+        ablations=False,
         hidden=8,
-        audits=(("single", AuditConfig((128,), (1,), (1,), 3, attack=AttackConfig(steps=300))),),
+        audits=(("single", AuditConfig((128,), (1,), (1,), 3, "countsketch", attack=AttackConfig(steps=300))),),
         private_audit=AuditConfig(
             (), (), (), private_messages=4, private_attack=AttackConfig(steps=30, restarts=2), private_sizes=(None,)
         ),

@@ -28,7 +28,7 @@ import numpy as np
 from isotone.shared.checkpoint import CheckpointStore, atomic_write
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import wire
-from isotone.sketching.cohort import receive
+from isotone.sketching.cohort import mean_of, receive
 from isotone.sketching.ledger import Ledger
 from isotone.sketching.plan import Plan
 from isotone.sketching.training import make_algorithm, run_keys
@@ -68,9 +68,10 @@ class ServerConfig:
 
 @dataclass
 class Report:
-    """`heard`: who counted in each round; `events`: how often something was stale, a duplicate, declined or refused."""
+    """`heard`: who counted in each round, None where the record is lost; `events`: how often something was stale, a
+    duplicate, declined or refused."""
 
-    heard: list[list[int]] = field(default_factory=list)
+    heard: list[list[int] | None] = field(default_factory=list)
     events: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("stale", "duplicate", "declined", "refused"), 0)
     )
@@ -110,7 +111,7 @@ def read_log(path: Path, plan: Plan) -> list[bytes]:
             length = HEADER + wire.payload_length(data[place : place + HEADER])
             wire.decode(data[place : place + length], _expected(plan, "mean", len(found)))
         except InputError as error:
-            whole = HEADER + 4 * plan.s
+            whole = HEADER + wire.value_bytes(plan.config.dtype, plan.s)
             if len(data) - place > whole:
                 raise InputError(f"expected a log of rounds in {str(path)!r}, it is corrupted: {error}") from None
             break
@@ -123,7 +124,8 @@ def read_log(path: Path, plan: Plan) -> list[bytes]:
 
 def _expected(plan: Plan, kind: str | None, t: int | None) -> Expected:
     limit = HEADER + max(4 * plan.s, 1 << 16)
-    return Expected(kind, plan.config.seed, t, plan.compressor.d, plan.s, plan.config.clients, limit)
+    dtype = None if kind is None else plan.config.dtype
+    return Expected(kind, plan.config.seed, t, plan.compressor.d, plan.s, dtype, plan.config.clients, limit)
 
 
 class _Server:
@@ -150,6 +152,7 @@ class _Server:
         self.inbox: dict[int, Message] = {}
         self.declined: set[int] = set()
         self.writers: dict[int, asyncio.StreamWriter] = {}
+        self.open = 0
         self.known: set[int] = set()
         self.finished: set[int] = set()
         self.changed = asyncio.Event()
@@ -161,16 +164,20 @@ class _Server:
         return len(self.history)
 
     def _said_before(self) -> tuple[Ledger, Report]:
-        path = self.folder / "ledger.json"
-        fresh = Ledger(self.plan.config.clients, self.plan.config.arm, self.plan.compressor.d), Report()
-        if not self.history or not path.exists():
-            return fresh
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            heard, events = found["heard"][: self.round], dict(found["events"])
-            return Ledger.from_json(found), Report(heard, events, "")
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"expected the ledger of this run, got a torn or other file: {str(path)!r}") from None
+        path, config = self.folder / "ledger.json", self.plan.config
+        ledger, report = Ledger(config.clients, config.arm, self.plan.compressor.d), Report()
+        if self.history and path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                report = Report(found["heard"][: self.round], dict(found["events"]), "")
+                ledger = Ledger.from_json(found)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"expected the ledger of this run, got a torn or other file: {str(path)!r}") from None
+        for t in range(len(report.heard), self.round):
+            # of a round whose record is lost the log knows how many were heard: who, where it was everybody
+            taken = self.plan.taken(t)
+            report.heard.append(taken if wire.decode(self.history[t]).extra == len(taken) else None)
+        return ledger, report
 
     # --- rounds ------------------------------------------------------------------------------------------
 
@@ -205,13 +212,9 @@ class _Server:
         if not self.inbox:
             raise InputError(f"expected a finite update from some client, got none in round {t}")
         heard = sorted(self.inbox)
-        # in the order of the clients' numbers: the sum does not depend on who was first
-        total = np.sum([self.inbox[c].values for c in heard], 0, dtype=np.float32)
-        mean = np.asarray(total / np.float32(len(heard)), np.float32)
-        if not np.isfinite(mean).all():
-            raise InputError(f"expected updates whose sum is finite, got infinity in round {t}")
-        config = self.plan.config
-        message = Message("mean", config.seed, t, 0, self.plan.compressor.d, mean, extra=len(heard))
+        mean = mean_of({client: message.values for client, message in self.inbox.items()}, t)
+        config, sent = self.plan.config, self.plan.down(t, mean)
+        message = Message("mean", config.seed, t, 0, self.plan.compressor.d, sent, None, len(heard), config.dtype)
         data = wire.encode(message)
         self.report.heard.append(heard)
         self._write()
@@ -220,10 +223,11 @@ class _Server:
         os.fsync(self.log.fileno())
         self.history.append(data)
         if self.weights is not None:
-            self.weights.apply(t, mean)
+            self.weights.apply(t, wire.decode(data).values)
         self.inbox, self.declined = {}, set()
         told = [self._write_to(writer, data, client, t) for client, writer in self.writers.items()]
         await asyncio.gather(*told)
+        self._write()
         if self.done is not None:
             self.done(t, len(heard))
 
@@ -250,10 +254,11 @@ class _Server:
     # --- connections -------------------------------------------------------------------------------------
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        client = None
+        client, most = None, 4 * self.plan.config.clients + 16
+        self.open += 1
         try:
-            if len(self.writers) >= 4 * self.plan.config.clients + 16:
-                raise InputError("expected fewer connections")
+            if self.open > most:
+                raise InputError(f"expected at most {most} open connections, got {self.open}")
             hello = await asyncio.wait_for(self._read(reader, None), GREETING_SECONDS)
             client = await self._greet(hello, writer)
             while True:
@@ -270,6 +275,7 @@ class _Server:
         finally:
             if client is not None and self.writers.get(client) is writer:
                 del self.writers[client]
+            self.open -= 1
             writer.close()
             self.changed.set()
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from isotone.shared.errors import InputError
 from isotone.sketching import blocks, hashing
-from isotone.sketching.hadamard import fwht, next_power
+from isotone.sketching.hadamard import fwht, next_size
 
 KINDS = (
     *("srht", "srht-replace", "countsketch-blocks", "countsketch", "sparse", "gaussian", "ams", "rand-k", "identity"),
@@ -33,14 +33,14 @@ _TILE = 1 << 22
 class Sketch:
     """A family R_t in R^{s x d}.
 
-    `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' the next power of two),
+    `kind`: "srht" (rows without replacement, the default: R R^T is exactly (d'/s) I, d' = `hadamard.next_size(d)`),
     "srht-replace", "countsketch" (one +-1 a column), "countsketch-blocks" (the same with less variance and the fastest:
     see `blocks`), "sparse" (`q` of them a column, one in each of q blocks of rows), "gaussian", "ams" (dense +-1),
     "rand-k" (coordinates, scaled by d/s: a baseline), "identity".
 
-    `ordered`: "countsketch" and "sparse" add each row's numbers in an order that is always the same, for a sort of d
-    numbers; on a GPU, where otherwise whichever comes first is added first, it makes runs repeatable bit for bit. All
-    other kinds are.
+    `ordered`: "countsketch", "sparse" and what "srht-replace" gives back add numbers that meet in an order that is
+    always the same, for a sort; on a GPU, where otherwise whichever comes first is added first, it makes runs
+    repeatable bit for bit. All other kinds are.
 
     Raises `InputError` on an unknown kind, s below 1, s above d' for rows without replacement (above d for "rand-k"),
     q that does not divide s, and an identity with s other than d.
@@ -70,8 +70,8 @@ class Sketch:
 
     @property
     def padded(self) -> int:
-        """d', the width that the Hadamard transform works on."""
-        return next_power(self.d)
+        """d', the width that the Hadamard transform works on: d and zeros up to the next size that it has."""
+        return next_size(self.d)
 
     @property
     def alpha(self) -> float:
@@ -127,8 +127,9 @@ class Sketch:
         if self.kind == "identity":
             return y
         if self.kind.startswith("srht"):
-            spread = jnp.zeros(self.padded, y.dtype).at[self._rows(t)].add(y / math.sqrt(self.s))
-            return (fwht(spread) * self._signs(t, self.padded, y.dtype))[: self.d]
+            add = _add_in_order if self.ordered and self.kind == "srht-replace" else _add
+            spread = add(self._rows(t), y / math.sqrt(self.s), self.padded)
+            return (fwht(spread, transpose=True) * self._signs(t, self.padded, y.dtype))[: self.d]
         if self.kind == "rand-k":
             return jnp.zeros(self.d, y.dtype).at[self._rows(t)].set(y * math.sqrt(self.d / self.s))
         if self.kind == "countsketch-blocks":
@@ -215,12 +216,12 @@ class Sketch:
         return jax.lax.map(lambda number: tile(number) @ vector, jnp.arange(steps)).reshape(-1)[: self.s]
 
 
-def _add(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+def _add(rows: Int[Array, " n"], values: Float[Array, " n"], s: int) -> Float[Array, " s"]:
     """The sum of each row's values."""
     return jnp.zeros(s, values.dtype).at[rows].add(values)
 
 
-def _add_in_order(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) -> Float[Array, " s"]:
+def _add_in_order(rows: Int[Array, " n"], values: Float[Array, " n"], s: int) -> Float[Array, " s"]:
     """The same with no scatter: sorted by rows, then sums over stretches of one row by a tree, always the same."""
     order = jnp.argsort(rows, stable=True)
     rows, values = rows[order], values[order]
@@ -232,6 +233,13 @@ def _add_in_order(rows: Int[Array, " d"], values: Float[Array, " d"], s: int) ->
     ends = jnp.searchsorted(rows, jnp.arange(s), side="right")
     present = (ends > 0) & (rows[ends - 1] == jnp.arange(s))
     return jnp.where(present, sums[ends - 1], 0)
+
+
+def on_gpu() -> bool:
+    """Whether JAX computes on a GPU here, where `ordered` makes a difference."""
+    config: Any = jax.config
+    where = config.jax_default_device
+    return (jax.default_backend() if where is None else getattr(where, "platform", where)) in ("gpu", "cuda", "rocm")
 
 
 def make_sketch(
@@ -262,7 +270,7 @@ def make_sketch(
 
 
 def variance(sketch: Sketch, g: Float[Array, " d"], h: Float[Array, " d"]) -> Array:
-    """Var(g^T R^T R h), exact (section 2.2); of the transforms where d is a power of two.
+    """Var(g^T R^T R h), exact (section 2.2); of the transforms where d is a size of theirs.
 
     The coordinate-wise embedding constant of the theory is what bounds it: (a / s)|g|^2 |h|^2 with a = 2.
     """

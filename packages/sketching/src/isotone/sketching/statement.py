@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from isotone.shared.errors import InputError
-from isotone.sketching.privacy import Accountant, PrivacyConfig
+from isotone.sketching.privacy import PrivacyConfig, epsilons
 
-ADJACENCY = "add or remove one example of one client"
+ADJACENCY = "add or remove one example of one client, whose number of examples is public"
 TRUST = "local: every client clips and noises its own steps; server, other clients and listeners are not trusted"
+PLANNED = "local, at the noise of the server's plan: this client demanded no epsilon of its own"
 SOURCE = "jax.random, which is not a cryptographic source of noise"
 
 
-def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int) -> dict[str, Any]:
+def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int, trust: str = TRUST) -> dict[str, Any]:
     """What the releases of a client that took part in `rounds` rounds cost: K of them a round.
 
     Clients own different examples (parallel composition), so that it is what the run costs any example. Epsilon by
@@ -26,7 +27,7 @@ def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int) -> d
     loose, tight = _epsilons(config, releases)
     return {
         "adjacency": ADJACENCY,
-        "trust": TRUST,
+        "trust": trust,
         "sampling": f"Poisson: each example enters each local step with probability {config.rate:g}, independently",
         "sampling_rate": config.rate,
         "clip": config.clip,
@@ -43,14 +44,7 @@ def privacy_statement(config: PrivacyConfig, local_steps: int, rounds: int) -> d
 
 @functools.lru_cache(maxsize=64)
 def _epsilons(config: PrivacyConfig, releases: int) -> tuple[float, float | None]:
-    """By Renyi divergence, and by privacy loss distributions."""
-    accountant = Accountant(config.rate, config.noise)
-    accountant.spend(releases)
-    try:
-        tight = accountant.pld_epsilon(config.delta) if releases else 0.0
-    except InputError:
-        tight = None
-    return accountant.epsilon(config.delta), tight
+    return epsilons(config.rate, config.noise, releases, config.delta)
 
 
 def own_noise_seed(folder: Path, begun: bool, fixed: int | None = None) -> int:

@@ -1,13 +1,15 @@
 """Arms of a comparison: what travels, at which rate, for as many bytes as the others.
 
-Every arm trains from the same weights on the same clients, with as many local steps, until the same number of bytes has
-gone up and down. Its rate is the one of a grid, the same for all, with the best accuracy on a validation split of other
-seeds; accuracies are of the test split. All seeds and rates of an arm run side by side in one compiled scan.
+Every arm trains from the same weights on the same clients, with as many local steps, for as long as a whole round fits
+into the same number of bytes up and down, headers of messages counted. Its rate is the one with the best accuracy on a
+validation split of other seeds: of a grid, the same for all, and of what lies beyond while the best lies at an end of
+it; accuracies are of the test split. All seeds and rates of an arm run side by side in one compiled scan.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,59 +17,77 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
-from isotone.sketching import federated
+from isotone.shared.errors import InputError, check_count
 from isotone.sketching.compiling import fast_jit
-from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK
-from isotone.sketching.data import ClientData, Dataset, batch_of, deal
+from isotone.sketching.compressors import FLOAT, Compressor, compressor_of
+from isotone.sketching.data import ClientData, Dataset, deal
 from isotone.sketching.federated import fed_algorithm
-from isotone.sketching.models import Model, make_model
-from isotone.sketching.sketches import make_sketch
+from isotone.sketching.models import MODELS, Model, make_model
+from isotone.sketching.training import run_keys
+from isotone.sketching.wire import HEADER
+
+BEYOND = 6
+"""Rates that are tried past the ends of a grid, at most: twice, or half, the last."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`clients`, dealt by a Dirichlet draw of `concentration`; `local_steps` K on `batch`; `plain_rounds` of FedAvg,
-    whose bytes every arm may send; `ratio` of the compressed arms; `looks` at the accuracy on the way; `rates` to
-    choose from; `valid`: examples that are kept from the clients to choose by."""
+    """`clients`, dealt by a Dirichlet draw of `concentration` (None: evenly); `local_steps` K on `batch` (0: all);
+    `plain_rounds` of FedAvg, whose bytes every arm may send; `ratio`: how many times fewer a round of the compressed
+    arms sends; `looks` at the accuracy on the way; `rates` to choose from; `valid`: examples that are kept from the
+    clients to choose by. Raises `InputError` on what can not be meant."""
 
     model: str = "mlp"
     hidden: int = 32
     clients: int = 20
-    concentration: float = 0.5
+    concentration: float | None = 0.5
     local_steps: int = 5
     batch: int = 32
     plain_rounds: int = 60
     ratio: float = 10.0
-    looks: int = 20
+    looks: int = 40
     rates: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     valid: int = 300
 
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise InputError(f"expected a model of {', '.join(MODELS)}, got {self.model!r}")
+        for name in ("hidden", "clients", "local_steps", "plain_rounds", "looks", "valid"):
+            check_count(name, getattr(self, name), 1)
+        check_count("batch", self.batch, 0)
+        if self.concentration is not None and not 0 < self.concentration < math.inf:
+            raise InputError(f"expected a finite concentration above 0, or none, got {self.concentration}")
+        if not 1 <= self.ratio < math.inf:
+            raise InputError(f"expected a finite ratio of at least 1, got {self.ratio}")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise InputError(f"expected finite rates above 0, one or more, got {list(self.rates)}")
+
+
+KINDS = ("srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k")
+OTHERS = {"top-k": "topk", "fetchsgd": "fetchsgd", "powersgd": "powersgd", "qsgd": "qsgd"}
+
 
 def compressors(params: Any, setting: Setting) -> dict[str, Compressor]:
-    """The arms by name: FedAvg, the sketches, and what one would use instead, at about `ratio` times fewer bytes up."""
-    leaves = jax.tree.leaves(params)
-    d, ratio = sum(leaf.size for leaf in leaves), setting.ratio
-    # at least `ratio` times fewer: rounded down
-    s = max(1, int(d / ratio))
-    found: dict[str, Compressor] = {"fedavg": Plain(d)}
-    for kind in ("srht", "countsketch-blocks", "countsketch", "sparse", "gaussian", "rand-k"):
-        found[kind] = Sketched(make_sketch(kind, d, max(4, s - s % 4) if kind == "sparse" else s))
-    # an index and a value each
-    k = max(1, s // 2)
-    found["top-k"] = TopK(d, k, setting.clients)
-    # five rows of s columns and a tenth as many heavy hitters: half the bytes of the weights. With a fifth of the
-    # columns, as many bytes as the others, its error grows without end or, with 4 heavy hitters, it learns little
-    found["fetchsgd"] = FetchSGD(d, max(1, s // 10), s)
-    found["powersgd"] = PowerSGD(tuple(leaf.shape for leaf in leaves), 1)
-    found["qsgd"] = QSGD(d, 1)
-    return found
+    """The arms by name: FedAvg, the sketches, and what one would use instead (`compressors.compressor_of`)."""
+    make = functools.partial(compressor_of, params=params, participants=setting.clients)
+    plain = make("plain")
+    # a round with its headers is `ratio` times cheaper, where there is room for anything beside them
+    room = (FLOAT * plain.d + HEADER) / setting.ratio - HEADER
+    make = functools.partial(make, ratio=FLOAT * plain.d / max(room, FLOAT))
+    return {
+        "fedavg": plain,
+        **{kind: make("sketch", kind=kind) for kind in KINDS},
+        **{name: make(arm) for name, arm in OTHERS.items()},
+    }
 
 
-def rounds_for(compressor: Compressor, total: int) -> int:
-    """How many rounds of one client `total` bytes, up and down, are enough for."""
-    return max(1, total // (compressor.bytes_up + compressor.bytes_down))
+def round_bytes(compressor: Compressor) -> tuple[int, int]:
+    """Bytes up and down of one client in one round, at most, with the headers of its messages."""
+    headers = HEADER * compressor.messages
+    return compressor.bytes_up + headers, compressor.bytes_down + headers
 
 
 Dealt = tuple[Array, Array, Array]
@@ -80,55 +100,58 @@ def dealt(source: Dataset, setting: Setting, seeds: Sequence[int]) -> Dealt:
     each = [deal(x, y, setting.clients, setting.concentration, seed) for seed in seeds]
     most = max(one.y.shape[1] for one in each)
 
-    def grown(leaf: Array) -> Array:
+    def grown(leaf: Array) -> np.ndarray:
         # what is past a client's size is never counted
-        return jnp.pad(leaf, [(0, 0), (0, most - leaf.shape[1]), *((0, 0) for _ in leaf.shape[2:])], mode="wrap")
+        width = [(0, 0), (0, most - leaf.shape[1]), *((0, 0) for _ in leaf.shape[2:])]
+        return np.pad(np.asarray(leaf), width, mode="wrap")
 
     return (
-        jnp.stack([grown(one.x) for one in each]),
-        jnp.stack([grown(one.y) for one in each]),
-        jnp.stack([one.size for one in each]),
+        jnp.asarray(np.stack([grown(one.x) for one in each])),
+        jnp.asarray(np.stack([grown(one.y) for one in each])),
+        jnp.asarray(np.stack([np.asarray(one.size) for one in each])),
     )
 
 
-def local_sgd(model: Model, setting: Setting, rate: Array | float) -> Callable[..., Any]:
-    """K steps of SGD at a rate that may be traced, for `fed_algorithm(local_update=...)`."""
-
-    def update(weights: Any, key: Array, data: ClientData, client: Array) -> tuple[Any, Array]:
-        def step(carry: Any, number: Array) -> tuple[Any, Array]:
-            x, y = batch_of(data, jax.random.fold_in(key, number), client, setting.batch)
-            loss, gradient = jax.value_and_grad(model.loss)(carry, x, y)
-            return jax.tree.map(lambda p, g: p - rate * g, carry, gradient), loss
-
-        after, losses = jax.lax.scan(step, weights, jnp.arange(setting.local_steps))
-        return jax.tree.map(jnp.subtract, after, weights), losses[0]
-
-    return update
-
-
-@functools.partial(fast_jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(fast_jit, static_argnums=(0, 1, 2))
 def _curves(
     model: Model,
     setting: Setting,
     compressor: Compressor,
-    chunk: int,
+    given: Array,
     data: Dealt,
     params: Any,
     test: tuple[Array, Array],
     rates: Array,
     seeds: Array,
-) -> tuple[Array, Array]:
-    """Accuracies on `test` and losses at each look, (seeds, rates, looks); `data` and `params` lead with seeds."""
+) -> tuple[Array, ...]:
+    """Accuracies on `test` and losses at each look, bytes left there of those `given` by then, and rounds until then,
+    (seeds, rates, looks); `data` and `params` lead with seeds."""
+    up, most = round_bytes(compressor)[0], sum(round_bytes(compressor))
 
-    def one(rate: Array, seed: Array, own: Dealt, params: Any) -> tuple[Array, Array]:
-        key, mine = jax.random.key(seed), ClientData(*own)
-        algorithm = fed_algorithm(model.loss, params, compressor, local_update=local_sgd(model, setting, rate))
+    def one(rate: Array, seed: Array, own: Dealt, params: Any) -> tuple[Array, ...]:
+        (_, key), mine = run_keys(seed), ClientData(*own)
+        algorithm = fed_algorithm(
+            *(model.loss, params, compressor),
+            client_opt=optax.sgd(rate),
+            local_steps=setting.local_steps,
+            batch=setting.batch,
+        )
 
-        def look(state: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
-            state, infos = federated.run(algorithm, state, key, mine, chunk)
-            return state, (model.accuracy(state.params, *test), jnp.mean(infos.loss))
+        def round(carry: Any) -> Any:
+            state, left, rounds, loss = carry
+            state, info = algorithm.round(state, key, mine)
+            down = info.down + HEADER * compressor.messages
+            return state, left - up - down, rounds + 1, loss + info.loss
 
-        _, found = jax.lax.scan(look, algorithm.init(params, len(mine)), length=setting.looks)
+        def look(carry: Any, more: Array) -> tuple[Any, tuple[Array, ...]]:
+            state, left, before = carry
+            begin = state, left + more, before, jnp.zeros(())
+            state, left, rounds, loss = jax.lax.while_loop(lambda c: c[1] >= most, round, begin)
+            seen = model.accuracy(state.params, *test), loss / jnp.maximum(rounds - before, 1), left, rounds
+            return (state, left, rounds), seen
+
+        nothing = jnp.zeros((), jnp.int32)
+        _, found = jax.lax.scan(look, (algorithm.init(params, len(mine)), nothing, nothing), given)
         return found
 
     many = jax.vmap(one, (0, None, None, None))
@@ -137,8 +160,28 @@ def _curves(
 
 def starts(model: Model, seeds: Sequence[int]) -> Any:
     """The weights that every arm of a seed begins with, with a leading axis of seeds."""
-    each = [model.init(jax.random.fold_in(jax.random.key(seed), 0)) for seed in seeds]
+    each = [model.init(run_keys(seed)[0]) for seed in seeds]
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each)
+
+
+def choose(rates: Sequence[float], score: Callable[[Sequence[float]], Sequence[float]]) -> dict[float, float]:
+    """The scores of all `rates`, and of further ones while the best is the largest or smallest of those tried."""
+    found = dict(zip(rates, score(rates), strict=True))
+    for _ in range(BEYOND):
+        best = best_of(found)
+        if best == max(found):
+            beyond = 2 * best
+        elif best == min(found):
+            beyond = best / 2
+        else:
+            break
+        found[beyond] = score((beyond,))[0]
+    return found
+
+
+def best_of(scores: Mapping[float, float]) -> float:
+    """The rate of the highest score, the first of equal ones."""
+    return max(scores, key=lambda rate: scores[rate])
 
 
 def compare(
@@ -146,46 +189,60 @@ def compare(
 ) -> dict[str, Any]:
     """One arm: its rate by validation on `tuning_seeds`, then its curves on `seeds` (JSON).
 
-    `bytes`: of one client, up and down, at each look; `accuracy`: (seeds, looks) on the test split; `rate`, and the
-    validation accuracy of each rate.
+    `bytes`: of one client, up and down, at each look, the mean over the seeds; `accuracy`, `loss`: (seeds, looks), on
+    the test split and of training; `rate`, the validation accuracy of each that was tried, and whether it lies at an
+    `end` of them; `bytes_up`, `bytes_down` of a round with headers. Raises `InputError` where not one round fits.
     """
     model = make_model(setting.model, source.x.shape[1:], source.classes, setting.hidden)
-    compressor = compressors(model.init(jax.random.key(0)), setting)[arm]
-    plain = Plain(compressor.d)
-    total = setting.plain_rounds * (plain.bytes_up + plain.bytes_down)
-    chunk = max(1, rounds_for(compressor, total) // setting.looks)
+    arms = compressors(model.init(jax.random.key(0)), setting)
+    compressor, (up, most) = arms[arm], round_bytes(arms[arm])
+    total = setting.plain_rounds * sum(round_bytes(arms["fedavg"]))
+    rounds = total // (up + most)
+    if rounds < 1:
+        raise InputError(f"expected at least the {up + most} bytes of a round of {arm}, got {total}")
+    looks = min(setting.looks, rounds)
+    given = np.array([(look + 1) * total // looks for look in range(looks)])
 
     def curves(split: tuple[np.ndarray, np.ndarray], rates: Sequence[float], seeds: Sequence[int]) -> list[np.ndarray]:
         data, params = dealt(source, setting, seeds), starts(model, seeds)
         test, numbers = (jnp.asarray(split[0]), jnp.asarray(split[1])), jnp.asarray(list(seeds))
-        given = (data, params, test, jnp.asarray(rates, jnp.float32), numbers)
-        return [np.asarray(part) for part in _curves(model, setting, compressor, chunk, *given)]
+        each = (data, params, test, jnp.asarray(rates, jnp.float32), numbers)
+        more = jnp.asarray(np.diff(given, prepend=0), jnp.int32)
+        return [np.asarray(part) for part in _curves(model, setting, compressor, more, *each)]
 
-    best, scores = 0, np.zeros(0)
+    scores: dict[float, float] = dict.fromkeys(setting.rates, 0.0)
     if len(setting.rates) > 1:
         valid = (source.x[-setting.valid :], source.y[-setting.valid :])
-        tuned, _ = curves(valid, setting.rates, tuning_seeds)
-        # the mean over the tuning seeds at the last look; weights that ran away to NaN have the accuracy of chance
-        scores = tuned[:, :, -1].mean(0)
-        best = int(scores.argmax())
-    found, losses = curves((source.test_x, source.test_y), setting.rates[best : best + 1], seeds)
-    each = compressor.bytes_up + compressor.bytes_down
+        # the mean over the tuning seeds at the last look
+        scores = choose(setting.rates, lambda rates: curves(valid, rates, tuning_seeds)[0][:, :, -1].mean(0).tolist())
+    rate = best_of(scores)
+    accuracy, losses, left, done = (part[:, 0] for part in curves((source.test_x, source.test_y), (rate,), seeds))
+    spent = given - left.astype(np.int64)
     return {
         "arm": arm,
         "clients": setting.clients,
-        "rate": float(setting.rates[best]),
-        "scores": dict(zip(map(str, setting.rates), scores.tolist(), strict=False)),
-        "bytes_up": compressor.bytes_up,
-        "bytes_down": compressor.bytes_down,
-        "rounds": chunk * setting.looks,
-        "bytes": [each * chunk * (look + 1) for look in range(setting.looks)],
-        "accuracy": (100.0 * found[:, 0].astype(float)).tolist(),
-        "loss": losses[:, 0].tolist(),
+        "rate": float(rate),
+        "scores": {str(tried): score for tried, score in sorted(scores.items())} if len(scores) > 1 else {},
+        "end": len(scores) > 1 and rate in (min(scores), max(scores)),
+        "bytes_up": up,
+        "bytes_down": round(float((spent[:, -1] / done[:, -1]).mean())) - up,
+        "rounds": round(float(done[:, -1].mean())),
+        "bytes": spent.mean(0).tolist(),
+        "accuracy": (100.0 * accuracy.astype(float)).tolist(),
+        "loss": losses.tolist(),
     }
 
 
-def bytes_to(row: Mapping[str, Any], accuracy: float) -> float | None:
-    """Bytes of one client until the mean accuracy over the seeds is `accuracy` %, None where it never was."""
-    means = np.mean(row["accuracy"], 0)
-    reached = np.flatnonzero(means >= accuracy)
-    return float(row["bytes"][int(reached[0])]) if reached.size else None
+def bytes_to(row: Mapping[str, Any], accuracy: float) -> list[float | None]:
+    """Bytes of one client until each seed's accuracy is `accuracy` %, on the line between two looks; None where it
+    never was."""
+    found: list[float | None] = []
+    for curve in row["accuracy"]:
+        reached = np.flatnonzero(np.asarray(curve) >= accuracy)
+        if not reached.size:
+            found.append(None)
+            continue
+        at = int(reached[0])
+        span = slice(max(0, at - 1), at + 1)
+        found.append(float(np.interp(accuracy, curve[span], row["bytes"][span])))
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -26,14 +25,14 @@ from jax import Array
 from isotone.shared.checkpoint import Checkpoint, CheckpointStore, atomic_write, load_latest
 from isotone.shared.errors import InputError, check_count
 from isotone.sketching import federated
-from isotone.sketching.compressors import QSGD, Compressor, FetchSGD, Plain, PowerSGD, Sketched, TopK
+from isotone.sketching.compressors import Compressor, Sketched, compressor_of
 from isotone.sketching.data import ClientData, Dataset, deal, load
-from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm
+from isotone.sketching.federated import FedAlgorithm, FedState, fed_algorithm, round_keys
 from isotone.sketching.ledger import Ledger
 from isotone.sketching.models import Model, make_model
 from isotone.sketching.privacy import PrivacyConfig, calibrate, private_local
+from isotone.sketching.rounding import RoundedSketch, payload
 from isotone.sketching.statement import own_noise_seed, privacy_statement
-from isotone.sketching.trees import tree_sketch
 from isotone.sketching.weights import save_weights
 
 ARMS = ("sketch", "plain", "topk", "fetchsgd", "powersgd", "qsgd", "rand-k")
@@ -45,9 +44,10 @@ class RunConfig:
     """`data`: "digits" or an .npz; `concentration` of the Dirichlet dealing (None: evenly); `local_steps` K on `batch`.
 
     `arm`: what travels, `ratio` times less than the weights up, or of `size` (s of a sketch, k, columns, rank or
-    levels). `kind`: of sketch. `server` with `server_rate`: what the server's update goes through. `epsilon` (for
-    all rounds) or `noise` (its multiplier) switch the private mode on: `clip`, Poisson `sampling` and `delta` are its,
-    and `batch` is not used. Raises `InputError` on what can not be meant.
+    levels). `kind`: of sketch, `ordered` as `tree_sketch`; `dtype` of its numbers, of which there are `ratio` times
+    fewer. `server` with `server_rate`: what the server's update goes through. `epsilon` (for all rounds) or `noise`
+    (its multiplier) switch the private mode on: `clip`, Poisson `sampling` and `delta` are its, and `batch` is not
+    used. Raises `InputError` on what can not be meant.
     """
 
     data: str = "digits"
@@ -67,6 +67,8 @@ class RunConfig:
     ratio: float = 10.0
     size: int | None = None
     per_leaf: bool = False
+    ordered: bool | None = None
+    dtype: str = "float32"
     eta_g: str | float = "auto"
     server: str = "sgd"
     server_rate: float = 1.0
@@ -84,6 +86,9 @@ class RunConfig:
             raise InputError(f"expected a seed from 0 to 2^32 - 1, got {self.seed}")
         if self.arm not in ARMS:
             raise InputError(f"expected an arm of {', '.join(ARMS)}, got {self.arm!r}")
+        payload(self.dtype, 1)
+        if self.dtype != "float32" and self.arm not in ("sketch", "rand-k"):
+            raise InputError(f"expected numbers of float32 where no sketch is sent, got {self.dtype} for {self.arm}")
         if self.server not in SERVERS:
             raise InputError(f"expected a server optimizer of {', '.join(SERVERS)}, got {self.server!r}")
         if not (math.isfinite(self.server_rate) and self.server_rate > 0):
@@ -133,36 +138,21 @@ class RunConfig:
 
 
 def make_compressor(config: RunConfig, params: Any) -> Compressor:
-    """What travels in a run of `config`: `ratio` times fewer bytes up than the weights have, as near as the arm comes.
-
-    Raises `InputError` as the arms do, where `size` is more than there are numbers, say.
-    """
-    leaves = jax.tree.leaves(params)
-    d, size, ratio, seed = sum(int(leaf.size) for leaf in leaves), config.size, config.ratio, config.seed
-    if config.arm == "plain":
-        return Plain(d)
-    if config.arm in ("sketch", "rand-k"):
-        kind = "rand-k" if config.arm == "rand-k" else config.kind
-        if size is not None and size > d:
-            raise InputError(f"expected s of at most d = {d}, got {size}")
-        return Sketched(tree_sketch(params, kind, ratio=ratio, s=size, seed=seed, per_leaf=config.per_leaf))
-    if config.arm == "topk":
-        # a place and a value for each number kept
-        kept = max(1, round(d / (2 * ratio))) if size is None else size
-        return TopK(d, kept, config.participants or config.clients)
-    if config.arm == "fetchsgd":
-        rows = 5
-        columns = max(1, round(d / (rows * ratio))) if size is None else size
-        return FetchSGD(d, max(1, min(d, rows * columns // 2)), columns, rows, seed=seed)
-    if config.arm == "powersgd":
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        if size is not None:
-            return PowerSGD(shapes, size, seed)
-        ranks = [PowerSGD(shapes, rank, seed) for rank in range(1, 65)]
-        fitting = [c for c in ranks if c.bytes_up * ratio <= 4 * d]
-        return max(fitting, key=lambda c: c.rank) if fitting else ranks[0]
-    bits = max(2, math.floor(32 / ratio))
-    return QSGD(d, (2**bits - 1) // 2 if size is None else size)
+    """What travels in a run of `config`: see `compressors.compressor_of`."""
+    made = compressor_of(
+        config.arm,
+        params,
+        ratio=config.ratio,
+        size=config.size,
+        kind=config.kind,
+        participants=config.participants or config.clients,
+        seed=config.seed,
+        per_leaf=config.per_leaf,
+        ordered=config.ordered,
+    )
+    if config.dtype != "float32" and isinstance(made, Sketched):
+        return RoundedSketch(made.sketch, config.dtype)
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +169,9 @@ class Setup:
     privacy: PrivacyConfig | None
 
 
-def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
-    """Data dealt, weights drawn, channel made. `noise_seed`: of the private mode's noise, nobody's to know."""
+def prepare(config: RunConfig, noise_seed: int | None = None) -> Setup:
+    """Data dealt, weights drawn, channel made. `noise_seed`: of the private mode's noise, nobody's to know. Raises
+    `InputError` on a private config without one."""
     dataset = load(config.data)
     dealt = deal(dataset.x, dataset.y, config.clients, config.concentration, config.seed)
     made = _made(config, dataset.x.shape[1:], dataset.classes, noise_seed)
@@ -188,7 +179,7 @@ def prepare(config: RunConfig, noise_seed: int = 0) -> Setup:
 
 
 @functools.lru_cache(maxsize=8)
-def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: int) -> Any:
+def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: int | None) -> Any:
     """(model, params, algorithm, key, privacy): the same objects for the same run, so that it is compiled once."""
     model = make_model(config.model, shape, classes, config.hidden)
     start, rounds = run_keys(config.seed)
@@ -197,11 +188,14 @@ def _made(config: RunConfig, shape: tuple[int, ...], classes: int, noise_seed: i
 
 
 def make_algorithm(
-    config: RunConfig, model: Model, params: Any, privacy: PrivacyConfig | None, noise_seed: int = 0
+    config: RunConfig, model: Model, params: Any, privacy: PrivacyConfig | None, noise_seed: int | None = None
 ) -> FedAlgorithm:
-    """The rounds of `config` for weights like `params`, of which nothing but shapes and types is looked at."""
+    """The rounds of `config` for weights like `params`, of which nothing but shapes and types is looked at. Raises
+    `InputError` on `privacy` without a seed of its noise: any that is fixed could be guessed."""
     local = None
     if privacy is not None:
+        if noise_seed is None:
+            raise InputError("expected a seed of a private run's noise, got none")
         local = private_local(model.loss, privacy, config.local_steps, config.rate, noise_seed)
     optimizers = {
         "sgd": lambda: optax.sgd(config.server_rate),
@@ -216,7 +210,7 @@ def make_algorithm(
     )
 
 
-def run_keys(seed: int) -> tuple[Array, Array]:
+def run_keys(seed: int | Array) -> tuple[Array, Array]:
     """Of the first weights, and of the rounds: two that share nothing, made of one seed."""
     first, second = jax.random.split(jax.random.key(seed))
     return first, second
@@ -243,12 +237,14 @@ class _Log:
     heard: np.ndarray
     late: np.ndarray
     accuracy: np.ndarray
+    down: np.ndarray
 
     @classmethod
     def empty(cls, rounds: int, m: int) -> _Log:
         nan = np.full(rounds, np.nan, np.float32)
         none = np.zeros((rounds, m), bool)
-        return cls(nan, nan.copy(), np.zeros((rounds, m), np.int32), none, none.copy(), nan.copy())
+        whole = np.zeros((rounds, m), np.int32)
+        return cls(nan, nan.copy(), whole, none, none.copy(), nan.copy(), np.zeros(rounds, np.int32))
 
     def rejected(self, first: int, last: int) -> np.ndarray:
         """Who was on time, with numbers that are not finite."""
@@ -280,7 +276,7 @@ def train(
             store.clear()
         saved = load_latest(store.directory)
         begun = saved is not None
-        secret = own_noise_seed(folder, begun, noise_seed) if config.private else 0
+        secret = own_noise_seed(folder, begun, noise_seed) if config.private else None
         setup = prepare(config, secret)
         mine = _identity(setup, every)
         if saved is not None:
@@ -298,7 +294,7 @@ def train(
                 setup.algorithm, state, setup.key, (setup.data.x, setup.data.y, setup.data.size), end - begin
             )
             log.loss[begin:end] = np.asarray(infos.loss)
-            log.norm[begin:end] = np.asarray(infos.norm)
+            log.norm[begin:end], log.down[begin:end] = np.asarray(infos.norm), np.asarray(infos.down)
             log.taken[begin:end], log.heard[begin:end] = np.asarray(infos.taken), np.asarray(infos.heard)
             log.late[begin:end] = late(setup.key, np.arange(begin, end), m, config.straggle)
             log.accuracy[end - 1] = float(_accuracy(setup.model, state.params, *test))
@@ -330,11 +326,6 @@ def late(key: Array, rounds: np.ndarray, m: int, straggle: float) -> np.ndarray:
     return np.asarray(drawn < straggle)
 
 
-def round_keys(key: Array, t: int | Array) -> Array:
-    """The four keys of round t, as `FedAlgorithm.round` makes them: who takes part, who is late, local steps, wire."""
-    return jax.random.split(jax.random.fold_in(key, t), 4)
-
-
 def write(folder: Path, trained: Trained, config: RunConfig) -> None:
     """params.safetensors, history.json and ledger.json."""
     save_weights(folder / "params.safetensors", trained.params)
@@ -348,11 +339,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _identity(setup: Setup, every: int) -> dict[str, Any]:
     """What makes another run of it: the settings, the chunks and the data themselves."""
-    digest = hashlib.sha256()
-    for array in (setup.dataset.x, setup.dataset.y, setup.dataset.test_x, setup.dataset.test_y):
-        digest.update(np.ascontiguousarray(array).tobytes())
     settings = json.loads(json.dumps(dataclasses.asdict(setup.config)))
-    return {**settings, "checkpoint_every": every, "sha256": digest.hexdigest()}
+    return {**settings, "checkpoint_every": every, "sha256": setup.dataset.digest}
 
 
 def _check_same(saved: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
@@ -391,7 +379,7 @@ def _finished(setup: Setup, state: FedState, log: _Log) -> Trained:
             ledger.sent_up(t, int(client), compressor.bytes_up)
         # everybody holds the weights, and so everybody is told the round's update
         for client in range(config.clients):
-            ledger.sent_down(t, client, compressor.bytes_down)
+            ledger.sent_down(t, client, int(log.down[t]))
         accuracy, loss = float(log.accuracy[t]), float(log.loss[t])
         history.append(
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax import Array
 from jaxtyping import Float
 
 from isotone.shared.errors import InputError
-from isotone.sketching.sketches import Sketch, make_sketch
+from isotone.sketching.sketches import Sketch, make_sketch, on_gpu
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,10 @@ def tree_sketch(
     seed: int = 0,
     per_leaf: bool = False,
     q: int = 4,
-    ordered: bool = False,
+    ordered: bool | None = None,
 ) -> TreeSketch:
     """A sketch for trees like `tree`: of everything at once into `s` numbers or d / `ratio`, or of each leaf. `q`,
-    `ordered`: as `Sketch`.
+    `ordered`: as `Sketch`; not given, sums are ordered where JAX computes on a GPU.
 
     Raises `InputError` on a tree without leaves, leaves that are not floating point, and s together with per_leaf.
     """
@@ -102,6 +101,7 @@ def tree_sketch(
     if s is not None and per_leaf:
         raise InputError("expected a ratio for sketches of each leaf, got s")
     sizes = [int(leaf.size) for leaf in leaves] if per_leaf else [sum(int(leaf.size) for leaf in leaves)]
+    ordered = on_gpu() if ordered is None else ordered
     blocks = [
         make_sketch(
             kind, size, s, block_seed(seed, number), ratio=None if s is not None else ratio, q=q, ordered=ordered
@@ -139,8 +139,3 @@ def _checked_leaves(tree: Any) -> list[Any]:
 def block_seed(seed: int, number: int) -> int:
     """Each block has rounds of its own."""
     return seed if number == 0 else (seed + number * 0x9E3779B97F4A7C15) % 2**64
-
-
-def all_finite(leaves: Sequence[Array]) -> Array:
-    """Whether every number is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

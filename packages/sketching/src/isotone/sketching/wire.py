@@ -29,7 +29,7 @@ from isotone.shared.errors import InputError
 MAGIC, VERSION = b"ISKW", 1
 KINDS = ("hello", "plan", "refused", "sketch", "mean", "weights", "plain", "sparse", "table", "factors", "quantized")
 TEXTS = ("hello", "plan", "refused")
-DTYPES = ("float32", "bfloat16", "int8", "bits", "text")
+DTYPES = ("float32", "bfloat16", "int8", "bits", "text", "uint32")
 _HEADER = struct.Struct("<4sBBBBQQQIIIIII8x")
 HEADER = _HEADER.size
 _BF16 = np.dtype(jnp.bfloat16)
@@ -41,7 +41,8 @@ LIMIT = 1 << 31
 class Message:
     """`values` (s,), and where they are not at all d places `places`; or `text`. `extra`: see the header's table.
 
-    `dtype` "bits": `values` are whole steps from -`extra` to `extra`, each `scale` / `extra` wide.
+    `dtype` "bits": `values` are whole steps from -`extra` to `extra`, each `scale` / `extra` wide. "uint32": they are
+    words modulo 2^32, and no numbers before they are added (`integer.IntegerCode`).
     """
 
     kind: str
@@ -49,7 +50,9 @@ class Message:
     round: int = 0
     client: int = 0
     d: int = 0
-    values: Float32[np.ndarray, " s"] = field(default_factory=lambda: np.zeros(0, np.float32))
+    values: Float32[np.ndarray, " s"] | UInt32[np.ndarray, " s"] = field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )
     places: UInt32[np.ndarray, " k"] | None = None
     extra: int = 0
     dtype: str = "float32"
@@ -61,6 +64,8 @@ class Message:
             raise InputError(f"expected a message of {', '.join(KINDS)}, got {self.kind!r}")
         if self.dtype not in DTYPES:
             raise InputError(f"expected values of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if (self.dtype == "uint32") != (self.values.dtype == np.uint32):
+            raise InputError(f"expected values of {self.dtype}, got {self.values.dtype}")
 
     @property
     def s(self) -> int:
@@ -84,6 +89,7 @@ class Expected:
     round: int | None = None
     d: int | None = None
     s: int | None = None
+    dtype: str | None = None
     clients: int | None = None
     limit: int = LIMIT
 
@@ -133,7 +139,7 @@ def decode(data: bytes, expected: Expected | None = None) -> Message:
     if zlib.crc32(data[HEADER:], zlib.crc32(bare)) != checksum:
         raise InputError("expected a message whose checksum is right, got a torn or corrupted one")
     kind, dtype = KINDS[front[2]], DTYPES[front[3]]
-    found = {"kind": kind, "seed": seed, "round": t, "d": d, "s": s}
+    found = {"kind": kind, "seed": seed, "round": t, "d": d, "s": s, "dtype": dtype}
     for name, value in found.items():
         asked = getattr(wanted, name)
         if asked is not None and value != asked:
@@ -162,23 +168,6 @@ def decode(data: bytes, expected: Expected | None = None) -> Message:
     return Message(**{**head, "values": values, "places": where, "scale": scale})
 
 
-@dataclass
-class Inbox:
-    """What has come of one round: the first message of each client counts, and no other."""
-
-    expected: Expected
-    found: dict[int, Message] = field(default_factory=dict)
-
-    def take(self, data: bytes) -> Message:
-        """The message, kept. Raises `InputError` as `decode`, and on a second one of the same client and round, whose
-        bytes change nothing."""
-        message = decode(data, self.expected)
-        if message.client in self.found:
-            raise InputError(f"expected one message of client {message.client} in round {message.round}, got another")
-        self.found[message.client] = message
-        return message
-
-
 def bits_of(levels: int) -> int:
     """Bits of a number of 2 `levels` + 1 values."""
     return math.ceil(math.log2(2 * levels + 1))
@@ -188,17 +177,17 @@ def value_bytes(dtype: str, s: int, levels: int = 1) -> int:
     """Bytes of s values, with the scale of quantised ones."""
     if dtype == "bits":
         return 4 + -(-bits_of(max(1, levels)) * s // 8)
-    return {"float32": 4 * s, "bfloat16": 2 * s, "int8": 4 + s}[dtype]
+    return {"float32": 4 * s, "uint32": 4 * s, "bfloat16": 2 * s, "int8": 4 + s}[dtype]
 
 
 def _packed(message: Message) -> bytes:
-    values = np.ascontiguousarray(message.values, "<f4")
+    values = np.ascontiguousarray(message.values, "<u4" if message.dtype == "uint32" else "<f4")
     if not np.isfinite(values).all():
         raise InputError(f"expected finite numbers to send from client {message.client}, got NaN or infinity")
     front = b"" if message.places is None else np.ascontiguousarray(message.places, "<u4").tobytes()
     if message.places is not None and len(message.places) != len(values):
         raise InputError(f"expected a place for each of {len(values)} values, got {len(message.places)}")
-    if message.dtype == "float32":
+    if message.dtype in ("float32", "uint32"):
         return front + values.tobytes()
     if message.dtype == "bfloat16":
         return front + values.astype(_BF16).view("<u2").tobytes()
@@ -216,6 +205,8 @@ def _unpacked(body: bytes, dtype: str, s: int, levels: int) -> tuple[np.ndarray,
     """Values, and the scale of steps."""
     if dtype == "float32":
         return np.frombuffer(body, "<f4").astype(np.float32), 0.0
+    if dtype == "uint32":
+        return np.frombuffer(body, "<u4").astype(np.uint32), 0.0
     if dtype == "bfloat16":
         return np.frombuffer(body, "<u2").view(_BF16).astype(np.float32), 0.0
     scale = np.frombuffer(body[:4], "<f4")[0]

@@ -108,15 +108,15 @@ def _reported(task: str, words: str, rows: Rows) -> list[Measurement]:
     return found
 
 
-def times(rows: Rows, judged: bool = True) -> list[Measurement]:
-    """Samples a second in training, T1 over the faster FNO."""
+def times(task: str, words: str, rows: Rows, judged: bool = True) -> list[Measurement]:
+    """Samples a second in training, T1 over the faster FNO; `task` and `words` as in `compared`."""
     fno = fastest(rows)
     ours = [row["epoch_seconds"] for row in rows if row["arm"] == "t1-naive"]
     theirs = [row["epoch_seconds"] for row in rows if row["arm"] == fno]
     if not ours or not theirs:
         return []
-    text = f"Training throughput of T1 over that of the faster FNO ({fno}), the arms of equal wall-clock"
-    claim = Claim("throughput", text, f"{PAPER}: 3 to 10", "×", "3 to 10", 3.0 if judged else None, "min")
+    text = f"{words}: training throughput of T1 over that of the faster FNO ({fno})"
+    claim = Claim(f"throughput-{task}", text, f"{PAPER}: 3 to 10", "×", "3 to 10", 3.0 if judged else None, "min")
     return [Measurement(claim, statistics.median(theirs) / statistics.median(ours))]
 
 

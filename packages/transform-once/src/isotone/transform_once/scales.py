@@ -24,8 +24,9 @@ RATES = (1e-3, 3e-3, 1e-2)
 class Task:
     """One table: a problem's data, the arms, and how long each is trained.
 
-    `samples` train, `valid` and `test` of them; `settings` of the solver. `seconds` of training an arm (None: the
-    recipe's epochs), `tune_seconds` or `tune_epochs` for each rate to choose from. `solve_size`: coarsened to `size`.
+    `samples` train, `valid` and `test` of them; `settings` of the solver. `seconds` of training an arm, and of each
+    rate that it chooses from (None: the recipe's epochs): what is best after fewer is too large. `solve_size`:
+    coarsened to `size`.
     `rollout`: how many frames after the context are predicted and measured too; `order` 1: the models give what a frame
     adds to the one before. Problems "darcy" and "burgers" are files, and left out where ISOTONE_DATA_DIR has none.
     """
@@ -42,8 +43,6 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     solve_size: int | None = None
     seconds: float | None = None
-    tune_seconds: float | None = None
-    tune_epochs: int | None = None
     threshold: float | None = 0.8
     rollout: int = 0
     order: int = 0
@@ -102,7 +101,6 @@ _WALL = Task(
     TrainConfig(batch_size=20),
     _NS,
     seconds=25.0,
-    tune_seconds=8.0,
     threshold=1.0,
 )
 _EQUAL = Task(
@@ -114,7 +112,6 @@ _EQUAL = Task(
     TrainConfig(batch_size=20, epochs=30),
     _NS,
     solve_size=64,
-    tune_epochs=10,
     threshold=0.8,
 )
 
@@ -130,7 +127,6 @@ _DARCY = Task(
     ),
     TrainConfig(batch_size=20),
     seconds=8.0,
-    tune_seconds=4.0,
     threshold=1.0,
 )
 _BURGERS = Task(
@@ -145,7 +141,6 @@ _BURGERS = Task(
     ),
     TrainConfig(batch_size=20),
     seconds=8.0,
-    tune_seconds=4.0,
     threshold=1.0,
 )
 
