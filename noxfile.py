@@ -16,9 +16,8 @@ import nox
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
-FAIL_SECONDS = 150  # tests(NAME) aims at 100 s on two cores, such that each computes LOOP_SECONDS for the loop below
-LOOP_SECONDS = 0.085
-LOOP = "import time; t = time.process_time(); x = [i & 7 for i in range(3_000_000)]; print(time.process_time() - t)"
+FAIL_SECONDS = 150  # tests(NAME) aims at 100 s on two reference cores, CORES tells how slow these are
+CORES = ROOT / "shared/src/isotone/shared/testing/cores.py"
 COVERAGE = 90
 FAST = "not slow and not gpu and not network"
 FRAMEWORKS = {  # what stands for the template's words in a package of either framework
@@ -99,7 +98,7 @@ def _environment(session: nox.Session) -> dict[str, str]:
     return {"UV_PROJECT_ENVIRONMENT": session.virtualenv.location, "PYTHONDONTWRITEBYTECODE": ""}
 
 
-def _pytest(session: nox.Session, name: str, *arguments: str, slowness: float = 1.0) -> None:
+def _pytest(session: nox.Session, name: str, *arguments: str) -> None:
     """The tests of one package, with the plugins' flags that `addopts` leaves out."""
     # shared has no arrays, and takes what has the shape of its arguments: the types are mypy's there
     hook = [] if name == "shared" else [f"--jaxtyping-packages={_module(name)},beartype.beartype"]
@@ -110,7 +109,6 @@ def _pytest(session: nox.Session, name: str, *arguments: str, slowness: float = 
         env={
             **_environment(session),
             "ISOTONE_PACKAGE": name,
-            "ISOTONE_SLOWNESS": str(slowness),
             "OMP_NUM_THREADS": "1",
         },
     )
@@ -143,12 +141,12 @@ def tests(session: nox.Session, name: str) -> None:
         targets.append("shared/src/isotone/shared/testing/contract.py")
         more = [f"--cov={_module(name)}", "--cov-report=term", f"--cov-fail-under={COVERAGE}"]
         more += ["--numprocesses=2", "--dist=worksteal"]
-    slowness = max(1.0, _slowness())
+    slowness = _slowness()
     start, used = time.monotonic(), _computed()
-    _pytest(session, name, *targets, "-m", FAST, *more, slowness=slowness)
+    _pytest(session, name, *targets, "-m", FAST, *more)
     # where something else has the cores, what two of them computed
     seconds = min(time.monotonic() - start, (_computed() - used) / 2)
-    limit = FAIL_SECONDS * slowness
+    limit = FAIL_SECONDS * max(slowness, _slowness())
     session.log(f"tests({name}): {seconds:.0f} s (aim 100, limit {limit:.0f} on these cores)")
     if seconds > limit:
         session.error(f"tests({name}) took {seconds:.0f} s, the limit is {limit:.0f} on these cores")
@@ -156,8 +154,8 @@ def tests(session: nox.Session, name: str) -> None:
 
 def _slowness() -> float:
     """How many times longer than the reference two cores at work compute for a loop, the slower of them."""
-    both = [subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    return max(float(one.communicate()[0]) for one in both) / LOOP_SECONDS
+    both = [subprocess.Popen([sys.executable, CORES], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return max(float(one.communicate()[0]) for one in both)
 
 
 def _computed() -> float:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import workers
 
-from isotone.shared.testing import kill_and_resume, readme_blocks, run_ranks
+from isotone.shared.testing import cores, kill_and_resume, readme_blocks, run_ranks
 
 
 def test_ranks_share_a_group():
@@ -51,3 +51,10 @@ def test_readme_blocks(tmp_path):
         ("python", None),
     ]
     assert blocks[0].code == "x = 1\n" and blocks[0].line == 3
+
+
+def test_how_slow_a_core_is(monkeypatch):
+    """Of a core that takes three times the reference's seconds, and of one that takes half."""
+    times = iter((1.0, 1.0 + 3 * cores.LOOP_SECONDS, 2.0, 2.0 + cores.LOOP_SECONDS / 2))
+    monkeypatch.setattr(cores.time, "thread_time", lambda: next(times))
+    assert cores.slowness() == pytest.approx(3) and cores.slowness() == 1

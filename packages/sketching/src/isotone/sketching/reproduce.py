@@ -174,8 +174,9 @@ def _figures(
     figures = {
         "accuracy-bytes": plots.against_bytes(rows),
         "loss-bytes": plots.against_bytes(rows, "loss"),
-        "psnr": plots.psnr_by_size(drawn, inputs),
     }
+    if drawn:
+        figures["psnr"] = plots.psnr_by_size(drawn, inputs)
     if curves:
         figures["bounds"] = plots.convergence(curves)
     if trained:

@@ -69,7 +69,7 @@ SCALES = {
         curve_draws=5,
         ablations=False,
         hidden=8,
-        audits=(("single", AuditConfig((128,), (1,), (1,), 3, "countsketch", attack=AttackConfig(steps=300))),),
+        audits=(),
         private_audit=AuditConfig(
             (), (), (), private_messages=4, private_attack=AttackConfig(steps=30, restarts=2), private_sizes=(None,)
         ),

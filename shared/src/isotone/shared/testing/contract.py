@@ -27,6 +27,7 @@ import pytest
 from isotone.shared import claims
 from isotone.shared.cli import dispatch
 from isotone.shared.testing import Result, readme_blocks, run_cli
+from isotone.shared.testing.cores import slowness
 
 NAME = os.environ["ISOTONE_PACKAGE"]
 MODULE = "isotone." + NAME.replace("-", "_")
@@ -38,8 +39,6 @@ FRONT = {"cli", "reproduce", "bench", "__main__"}  # what may print, parse argum
 COMMON = {"--out", "--seeds", "--device", "--resume", "--json", "--quiet"}
 SMOKE_SECONDS = 15
 README_SECONDS = 20
-# how many times longer than the reference these cores compute, as nox has timed it: the limits are the reference's
-SLOWNESS = max(1.0, float(os.environ.get("ISOTONE_SLOWNESS", "1")))
 
 
 @functools.cache
@@ -239,14 +238,19 @@ def test_bad_input_is_one_sentence(number: int, tmp_path: Path) -> None:
 
 def stopwatch() -> Callable[[], float]:
     """Seconds since on a reference core: by the clock or, where other tests have the cores, those that this process and
-    its children computed."""
+    its children computed. How slow these are is timed on either side: it changes while the tests run."""
 
     def now() -> tuple[float, float]:
         used = os.times()
         return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
 
-    begin = now()
-    return lambda: min(b - a for a, b in zip(begin, now(), strict=True)) / SLOWNESS
+    before, begin = slowness(), now()
+
+    def stop() -> float:
+        passed = min(b - a for a, b in zip(begin, now(), strict=True))
+        return passed / max(before, slowness())
+
+    return stop
 
 
 def test_smoke_reproduction(tmp_path: Path) -> None:
