@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -64,9 +65,9 @@ def bench(run: Run, size: str = "auto") -> Report:
     setting = SIZES[name]
     start = time.perf_counter()
     work: list[Callable[[], list[Ratio]]] = [
-        *(lambda batch=batch: _in_memory(setting, *batch, where) for batch in setting.batches),
-        lambda: _memory(setting, where),
-        *(lambda shape=shape: _offloaded(shape, where) for shape in setting.shapes),
+        *(partial(_in_memory, setting, *batch, where) for batch in setting.batches),
+        partial(_memory, setting, where),
+        *(partial(_offloaded, shape, where) for shape in setting.shapes),
     ]
     ratios: list[Ratio] = []
     with progress.bar("distzo2 bench", len(work), run.silent) as bar:
@@ -147,9 +148,9 @@ def _agree(setting: Size, rows: int, length: int, where: str, batch: dict[str, t
 
 
 def _memory(setting: Size, where: str) -> list[Ratio]:
-    """The most that each way of training holds, in a process of its own: ours offloaded to disk and in memory."""
+    """The most that each way of training holds, in a process of its own."""
     rows, length = setting.batches[-1]
-    arguments = {"layers": setting.layers, "hidden": setting.hidden, "vocab": setting.vocab}
+    arguments: dict[str, Any] = {"layers": setting.layers, "hidden": setting.hidden, "vocab": setting.vocab}
     arguments |= {"rows": rows, "length": length, "where": where}
     arms = ["zo", "fsdp2", *(["lora"] if _installed("peft") else [])]
     found = {arm: run_ranks(peak_memory, 1, {**arguments, "arm": arm})[0] for arm in arms}

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -84,7 +85,8 @@ def train(
         first = engine.ranks.rank == 0
 
         def held_out(engine: ZOEngine) -> float:
-            pairs = [as_loss(engine.run(lambda b=b: engine.objective(engine.model, _on(b, where)))) for b in held]
+            costs = (partial(engine.objective, engine.model, _on(batch, where)) for batch in held)
+            pairs = [as_loss(engine.run(cost)) for cost in costs]
             return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
 
         held = corpus.held_out

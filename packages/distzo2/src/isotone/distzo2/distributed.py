@@ -112,7 +112,7 @@ class Wire:
         self.ranks = ranks
         self.scalar_bytes = 0
         # blocks travel from a thread of their own, and so in a group of their own
-        self.blocks = dist.new_group() if ranks.group is not None else None
+        self.blocks: Any = dist.new_group() if ranks.group is not None else None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, in fp64; the same bits on every rank.

@@ -89,7 +89,7 @@ class Bucket:
 
     def values(self, flat: Tensor) -> dict[int, Tensor]:
         """The tensors of `flat` by the ids of their parameters."""
-        found = {}
+        found: dict[int, Tensor] = {}
         for e in self.entries:
             view = flat[e.offset : e.offset + e.numel].view(e.shape)
             found |= {id(parameter): view for parameter in e.parameters}
@@ -231,8 +231,14 @@ def _by_storage(model: nn.Module) -> list[_Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"expected parameters with values, got {name} on the meta device")
-        start = parameter.storage_offset()
-        key = (parameter.untyped_storage().data_ptr(), start, parameter.shape, parameter.stride(), parameter.dtype)
+        start = int(parameter.storage_offset())
+        key: tuple[Any, ...] = (
+            parameter.untyped_storage().data_ptr(),
+            start,
+            parameter.shape,
+            parameter.stride(),
+            parameter.dtype,
+        )
         if not parameter.numel():
             key = (id(parameter),)
         if key in found:

@@ -40,7 +40,7 @@ class MeZO(torch.optim.Optimizer):
         rng: str = "philox",
         seed: int = 0,
     ) -> None:
-        options = {"n_directions": n_directions, "estimator": estimator, "rng": rng, "seed": seed}
+        options: dict[str, Any] = {"n_directions": n_directions, "estimator": estimator, "rng": rng, "seed": seed}
         self.config = ZOConfig(lr=lr, eps=eps, weight_decay=weight_decay, **options)
         self.steps = 0
         self.skipped = 0
@@ -123,8 +123,8 @@ class MeZO(torch.optim.Optimizer):
         flat = [copy.view(-1) for copy in copies]
         segments = self._segments.get(id(parameter), [])
         minus = flat[1] if two_sided else None
-        options = {"seed": seed, "eps": self.config.eps}
-        kernels.advance(value.contiguous().view(-1), segments, self._noise, plus=flat[0], minus=minus, **options)
+        whole, eps = value.contiguous().view(-1), self.config.eps
+        kernels.advance(whole, segments, self._noise, seed=seed, eps=eps, plus=flat[0], minus=minus)
 
     def _at(self, sign: int, closure: Callable[[], Any]) -> float:
         for parameter in self._trained:

@@ -76,7 +76,8 @@ def as_loss(value: Any) -> tuple[float, int]:
 
 
 def _is_causal(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", None)  # peft's
+    inner = base() if callable(base) else model
     return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def finetune(
         if labels.ndim != 1:
             raise InputError(f"expected lines of text and label in {str(text)!r}, got prompts")
         inputs = {name: value for name, value in held.items() if name != "labels"}
-        logits = engine.run(lambda inputs=inputs: made(**inputs).logits)
+        logits = engine.run(partial(made, **inputs)).logits
         right += int((logits.argmax(-1) == labels).sum())
         total += len(labels)
     return {"accuracy": 100 * right / total, "losses": history.losses}

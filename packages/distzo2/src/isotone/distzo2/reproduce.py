@@ -107,8 +107,16 @@ def _rates(setting: Scale, arm: Arm) -> dict[str, float]:
                 return tasks.first_order(task, rate, zo["seconds"], TUNING_SEED, lora)
 
             choose = functools.partial(tasks.best_rate, rates, run)
-            found[name] = arm(f"rate {name}", [*config, rates], lambda choose=choose: {"rate": choose()})["rate"]
+            found[name] = arm(f"rate {name}", [*config, rates], functools.partial(_as_rate, choose))["rate"]
     return found
+
+
+def _as_rate(choose: Callable[[], float]) -> dict[str, float]:
+    return {"rate": choose()}
+
+
+def _on_ranks(function: Callable[..., Any], world: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"ranks": run_ranks(function, world, arguments)}
 
 
 def _zo_rate(setting: Scale) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def _equivalences(setting: Scale, arm: Arm, lr: float) -> Values:
     if setting.ranks:
         arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": 0}
         two, four = (
-            arm(f"{n} ranks", config, lambda n=n: {"ranks": run_ranks(equivalence.ranks, n, arguments)})["ranks"][0]
+            arm(f"{n} ranks", config, functools.partial(_on_ranks, equivalence.ranks, n, arguments))["ranks"][0]
             for n in (2, 4)
         )
         differing += sum(a != b for a, b in zip(one["grads"], two["pertp"]["grads"], strict=True))
@@ -190,13 +198,13 @@ def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> 
     if not setting.ranks:
         return found
     sliced = dataclasses.asdict(setting.sliced)
-    four = arm("sliced", sliced, lambda: {"ranks": run_ranks(timing.sliced, 4, sliced)})["ranks"]
+    four = arm("sliced", sliced, functools.partial(_on_ranks, timing.sliced, 4, sliced))["ranks"]
     found["throughput"] = [four[0]["one"] / max(rank["all"] for rank in four)]
     spans = timing.spans_of(four[0]["spans"])
     figures["timeline-sliced"] = timeline_plot(spans, "One step of rank 0 of 4, 2D with slices")
     pert = setting.pert
     arguments = {"shape": pert.shape, "rounds": pert.rounds}
-    two = arm("pertp", arguments, lambda: {"ranks": run_ranks(timing.pert_parallel, 2, arguments)})["ranks"][0]
+    two = arm("pertp", arguments, functools.partial(_on_ranks, timing.pert_parallel, 2, arguments))["ranks"][0]
     cores = arm("cores", [arguments, threads], lambda: {"seconds": timing.all_cores(pert.shape, pert.rounds, threads)})
     for name in ("pertp", "ddp"):
         found[name] = [statistics.median(two["ratios"][name])]
@@ -209,9 +217,9 @@ def _offloading(setting: Scale, arm: Arm, where: str) -> Values:
     found: Values = {"gpu-speed": [], "gpu-memory": []}
     speeds = []
     for shape in setting.shapes:
-        long = arm(f"{shape} 8", where, lambda shape=shape: offloading.beside_resident(shape, 8, 2048, where))
+        long = arm(f"{shape} 8", where, functools.partial(offloading.beside_resident, shape, 8, 2048, where))
         speeds.append(long["resident"] / long["offloaded"])
-        short = arm(f"{shape} 1", where, lambda shape=shape: offloading.offloaded(shape, 1, 2048, where))
+        short = arm(f"{shape} 1", where, functools.partial(offloading.offloaded, shape, 1, 2048, where))
         if shape == "opt-13b":
             found["gpu-memory"] = [short["peak"] / 1e9]
     found["gpu-speed"] = [min(speeds)] if speeds else []

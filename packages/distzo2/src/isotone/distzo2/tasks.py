@@ -36,6 +36,7 @@ def keyword_model(task: KeywordTask, seed: int) -> Any:
     from transformers import OPTConfig, OPTForSequenceClassification
 
     torch.manual_seed(seed)
+    classes: dict[str, Any] = {"num_labels": 2}  # a base class's field, of which the type says nothing
     config = OPTConfig(
         vocab_size=KEYWORD_VOCAB,
         hidden_size=task.hidden,
@@ -44,8 +45,8 @@ def keyword_model(task: KeywordTask, seed: int) -> Any:
         num_attention_heads=task.heads,
         ffn_dim=task.ffn,
         max_position_embeddings=max(task.positions, task.length),
-        num_labels=2,
         pad_token_id=1,
+        **classes,
     )
     return OPTForSequenceClassification(config).eval()
 
@@ -81,8 +82,9 @@ def first_order(task: KeywordTask, lr: float, seconds: float, seed: int, lora: i
     if lora:
         import peft
 
-        options = {"r": lora, "lora_alpha": 2 * lora, "target_modules": ["q_proj", "v_proj", "fc1", "fc2"]}
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **options)).eval()
+        places = ["q_proj", "v_proj", "fc1", "fc2"]
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=lora, lora_alpha=2 * lora, target_modules=places)
+        model = peft.get_peft_model(model, config).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses: list[float] = []
     start = time.perf_counter()

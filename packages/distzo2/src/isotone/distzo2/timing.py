@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,11 +154,11 @@ def pert_parallel(rank: int, world: int, arguments: dict[str, Any]) -> dict[str,
     times: dict[str, list[float]] = {"alone": [], "pertp": [], "ddp": []}
     for _ in range(rounds + 1):
         if alone is not None:
-            times["alone"].append(_once(lambda: alone.step(batch)))
+            times["alone"].append(_once(partial(alone.step, batch)))
         for name, engine in arms.items():
             own = shard(batch, engine.ranks)
             dist.barrier()
-            times[name].append(_once(lambda engine=engine, own=own: engine.step(own)))
+            times[name].append(_once(partial(engine.step, own)))
         dist.barrier()
     if alone is None:
         return {}

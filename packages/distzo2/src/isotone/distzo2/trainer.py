@@ -56,15 +56,16 @@ class ZOTrainer(Trainer):
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """The optimizer through which the scheduler sets the engine's rate."""
-        self.optimizer = EngineOptimizer(self.engine)
-        for group in self.optimizer.param_groups:
+        self.optimizer = optimizer = EngineOptimizer(self.engine)
+        for group in optimizer.param_groups:
             group["lr"] = self.args.learning_rate
-        return self.optimizer
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
         """One zeroth-order step; the loss is l+."""
         model.eval()
-        self.engine.lr = float(self.optimizer.param_groups[0]["lr"])
+        optimizer: Any = self.optimizer
+        self.engine.lr = float(optimizer.param_groups[0]["lr"])
         return torch.tensor(self.engine.step(self._prepare_inputs(inputs)).loss)
 
     def prediction_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:

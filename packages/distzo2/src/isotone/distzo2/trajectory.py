@@ -133,8 +133,8 @@ def replay(
         for done, bucket in enumerate(buckets, 1):
             flat = bucket.entries[0].parameters[0].detach().reshape(-1).to(stored or bucket.dtype, copy=True)
             for update in updates:
-                options = {"stochastic": trajectory.stochastic_rounding}
-                kernels.advance(flat, bucket.segments(0, flat.numel()), PhiloxNoise(), update, **options)
+                segments, stochastic = bucket.segments(0, flat.numel()), trajectory.stochastic_rounding
+                kernels.advance(flat, segments, PhiloxNoise(), update, stochastic=stochastic)
             shaped = flat.view(bucket.entries[0].shape)
             for parameter in bucket.entries[0].parameters:
                 parameter.copy_(shaped)
@@ -149,7 +149,7 @@ def base_hash(model: nn.Module) -> str:
         entry = bucket.entries[0]
         digest.update(f"{entry.number} {bucket.dtype} {tuple(entry.shape)}\n".encode())
         raw = entry.parameters[0].detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(raw.view(torch.uint8).numpy()))
+        digest.update(raw.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
