@@ -109,7 +109,9 @@ def test_triton_has_the_bits_of_the_eager_form(monkeypatch):
         wanted = eager(monkeypatch, dtype=dtype, update=UPDATE if name.endswith("update") else None)
         for whole, part in zip(wanted, parts, strict=True):
             if dtype == torch.bfloat16:  # the interpreter cuts bits off where a GPU rounds to the nearest
-                assert part == pytest.approx(whole.double().tolist(), abs=0.04)
+                unit = torch.finfo(dtype).eps * torch.stack(wanted).double().abs().amax(0)
+                off = (whole.double() - torch.tensor(part, dtype=torch.float64)).abs()
+                assert bool((off <= 2 * unit).all()), name
             else:
                 assert whole.double().tolist() == part, name
 

@@ -56,12 +56,13 @@ def test_smooth_functions_are_off_by_eps_squared():
 
 
 def test_estimates_are_unbiased_and_of_the_known_variance():
-    """Section 7, items 7 and 8, at 20,000 seeds of exact projected gradients."""
+    """Section 7, items 7 and 8, at 20,000 exact projected gradients: 1,000 seeds, 20 places of each."""
     matrix, theta = quadratic(1)
     gradient = matrix @ theta.detach()
     n = 20_000
-    whole = Segment(0, 0, 0, D, True)
-    z = torch.stack([fill(whole, seed, PhiloxNoise(), theta.device, theta.dtype) for seed in range(n)])
+    places = Segment(0, 0, 0, 20 * D, True)
+    drawn = [fill(places, seed, PhiloxNoise(), theta.device, theta.dtype) for seed in range(n // 20)]
+    z = torch.cat(drawn).view(n, D)
     estimates = (z @ gradient)[:, None] * z
     variance = gradient.square().sum() + gradient.square()
     # 4 standard errors, 7 coordinates: false alarm 4e-4 for other seeds

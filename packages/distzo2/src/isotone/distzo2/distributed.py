@@ -6,6 +6,7 @@ What a step sends for its gradient is one sum of 2 K + 1 fp64 numbers, whatever 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,7 +161,8 @@ class Wire:
         try:
             send()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            # gloo's words begin with a file of its own and end with advice
+            reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0]).split(". ")[0]
             raise RankLostError(
                 f"rank {self.ranks.rank} of {self.ranks.world} stops: another rank ended or did not answer ({reason})"
             ) from None
