@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import contract
 import pytest
@@ -59,6 +60,29 @@ def test_lines_of_prompts_and_lora(folder):
     assert found["steps"] == 2 and list((folder / found["model"]).glob("adapter_model.*"))
 
 
+def test_label_words_of_a_causal_model(folder):
+    """Section 2.11: the same loss as the classes' cross-entropy by hand; the accuracy beside it."""
+    lines = [
+        json.dumps({"text": f"{'good' if i % 2 else 'bad'} film number {i}. It was", "label": i % 2}) for i in range(20)
+    ]
+    (folder / "films.jsonl").write_text("\n".join(lines))
+    options = ["--text", "films.jsonl", "--batch", "4", "--context", "40", "--label-words", "n,y"]
+    found = ran(folder, "train", "model", *options, "--steps", "2", "--out", "films")
+    judged = ran(folder, "evaluate", "films/model", *options)
+    assert judged["terms"] == 2 and judged["accuracy"] in (0, 50, 100)
+    assert judged["loss"] == pytest.approx(found["held-out loss"], rel=1e-6)
+    model, losses = load_model(folder / "films" / "model"), []
+    for number in (18, 19):
+        ids = torch.tensor([list(json.loads(lines[number])["text"].encode())])
+        losses.append(-model(ids).logits[0, -1, [ord("n"), ord("y")]].log_softmax(0)[number % 2].item())
+    assert judged["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    for words, said in (("", "label words"), ("n", "two or more"), ("no,yes", "one token"), ("n,n", "different")):
+        result = run_cli(app, ["evaluate", "model", *options[:-1], words], folder)
+        assert result.code == 2 and said in result.stderr
+    result = run_cli(app, ["train", "model", *TRAIN[2:], "--label-words", "n,y"], folder)
+    assert result.code == 2 and "text and label" in result.stderr
+
+
 def test_plans(folder):
     found = ran(folder, "plan", "model", "--slices", "2")
     assert "2 blocks" in found["parameters"] and found["gradient"].startswith("24 bytes")
@@ -69,7 +93,7 @@ def test_plans(folder):
 def test_ranks_of_torchrun_train_and_a_killed_one_ends_all(folder):
     """Two ranks take the steps that one process takes; when one is killed the command ends with one sentence."""
     ran(folder, *TRAIN, "--steps", "4", "--out", "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*launch, "isotone.distzo2", *TRAIN, "--parallel", "pertp", "--offload", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -78,7 +102,7 @@ def test_ranks_of_torchrun_train_and_a_killed_one_ends_all(folder):
     process = subprocess.Popen([*command, "--steps", "100000", "--checkpoint-every", "5", "--out", "three"], **options)
     checkpoints = folder / "three" / "checkpoints"
     while not list(checkpoints.glob("step-*")) and process.poll() is None:
-        pass
+        time.sleep(0.1)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, stderr = process.communicate(timeout=100)

@@ -57,10 +57,29 @@ def test_the_trainer_takes_the_engines_steps(tmp_path):
     resumed = trainer(models.make(), tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     resumed.engine.flush()
-    assert resumed.engine.steps == 3
+    assert resumed.engine.steps == 3 and len(resumed.engine.trajectory) == 3
+    assert resumed.engine.trajectory.seeds == made.engine.trajectory.seeds
     torch.testing.assert_close(models.flat(resumed.model), models.flat(ours), rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="gradient_accumulation"):
         trainer(models.make(), tmp_path, gradient_accumulation_steps=2)
+
+
+def test_the_authors_code_is_run_by_its_own_python(tmp_path):
+    """What another Python prints is taken; what it says where it fails is passed on."""
+    python = tmp_path / "python"
+    for words, said in (
+        ('echo warned; echo \'{"seconds": 2.5, "version": "0"}\'', ""),
+        ("echo no zo2 >&2; exit 1", "no zo2"),
+    ):
+        python.write_text(f"#!/bin/sh\n{words}\n")
+        python.chmod(0o755)
+        if said:
+            with pytest.raises(InputError, match=said):
+                bench.zo2_step(python, "tiny", 1, 8)
+        else:
+            assert bench.zo2_step(python, "tiny", 1, 8)["seconds"] == 2.5
+    with pytest.raises(InputError, match="nowhere"):
+        bench.zo2_step(tmp_path / "nowhere", "tiny", 1, 8)
 
 
 def test_offloading_on_a_cpu():

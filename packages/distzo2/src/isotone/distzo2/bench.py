@@ -7,13 +7,16 @@ start from the same loss.
 
 from __future__ import annotations
 
+import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,13 +52,16 @@ class Size:
 SIZES = {
     "tiny": Size(2, 32, 64, ((2, 16),), 6, None),
     # 100 million parameters; targets from the issue
-    "cpu": Size(12, 768, 16384, ((1, 32), (16, 128)), 8, 1.5),
+    "cpu": Size(12, 768, 16384, ((1, 32), (16, 128)), 6, 1.5),
     "gpu": Size(12, 768, 16384, ((1, 32), (16, 128)), 20, 1.5, ("opt-1.3b", "opt-6.7b", "opt-13b")),
 }
 
 
-def bench(run: Run, size: str = "auto") -> Report:
-    """Every comparison. `size`: auto, cpu, gpu or tiny. Raises `InputError` for another, or gpu where there is none."""
+def bench(run: Run, size: str = "auto", zo2: Path | None = None) -> Report:
+    """Every comparison. `size`: auto, cpu, gpu or tiny; `zo2`: a Python in whose environment the authors' code is.
+
+    Raises `InputError` for another size, or gpu where there is none.
+    """
     where = device.resolve(run.device)
     name = ("gpu" if where == "cuda" else "cpu") if size == "auto" else size
     if name not in SIZES:
@@ -67,7 +73,7 @@ def bench(run: Run, size: str = "auto") -> Report:
     work: list[Callable[[], list[Ratio]]] = [
         *(partial(_in_memory, setting, *batch, where) for batch in setting.batches),
         partial(_memory, setting, where),
-        *(partial(_offloaded, shape, where) for shape in setting.shapes),
+        *(partial(_offloaded, shape, where, zo2) for shape in setting.shapes),
     ]
     ratios: list[Ratio] = []
     with progress.bar("distzo2 bench", len(work), run.silent) as bar:
@@ -126,7 +132,7 @@ def _in_memory(setting: Size, rows: int, length: int, where: str) -> list[Ratio]
             ours,
             lambda: reference.step(lambda: float(loss(models[2])), step_seed(0, next(steps))),
             rounds=setting.rounds,
-            warmup=2,
+            warmup=1,
             device=where,
         )
         values = (timing.ours_seconds, timing.ours_seconds * timing.ratio)
@@ -192,6 +198,10 @@ def peak_memory(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, f
 
 def _resident() -> int:
     """The most bytes that this process has had in memory."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # rusage counts what the parent had when it started this process
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(fields["VmHWM"].split()[0])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
 
@@ -233,12 +243,20 @@ def _fsdp2(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[
 _STEPS: dict[str, Callable[..., Callable[[], Any]]] = {"zo": _zo, "lora": _lora, "fsdp2": _fsdp2}
 
 
-def _offloaded(shape: str, where: str) -> list[Ratio]:
-    """A large shape offloaded: beside resident at 8 x 2048 tokens, and beside moving blocks in turn at 1 x 2048."""
+def _offloaded(shape: str, where: str, zo2: Path | None) -> list[Ratio]:
+    """A large shape offloaded: beside resident at 8 x 2048 tokens, and at 1 x 2048 beside moving blocks in turn, and
+    beside the authors' ZO2 in an environment of its own (it pins another transformers)."""
     long = offloading.beside_resident(shape, 8, 2048, where)
     ours, turn = (offloading.offloaded(shape, 1, 2048, where, overlap=overlap)["seconds"] for overlap in (True, False))
     work = f"a step, {shape}, fp16"
+    theirs = []
+    if zo2 is not None:
+        found = zo2_step(zo2, shape, 1, 2048)
+        peer = (f"zo2 {found['version']}", "github liangyuwang/zo2")
+        each = (ours, found["seconds"])
+        theirs = [Ratio(f"zo2-{shape}", f"{work}, 1 x 2048 tokens", "offloaded", *peer, *each, "s", 1.3)]
     return [
+        *theirs,
         Ratio(
             f"resident-{shape}",
             f"{work}, 8 x 2048 tokens",
@@ -262,6 +280,24 @@ def _offloaded(shape: str, where: str) -> list[Ratio]:
             None,
         ),
     ]
+
+
+def zo2_step(python: Path, shape: str, rows: int, length: int) -> dict[str, Any]:
+    """Median `seconds` of a step of the authors' ZO2 on a random OPT of a shape, run by another Python.
+
+    Raises `InputError` with the last line that it said where it does not run.
+    """
+    layers, heads, hidden, ffn = offloading.SHAPES[shape]
+    given = {"layers": layers, "heads": heads, "hidden": hidden, "ffn": ffn, "rows": rows, "length": length}
+    script = Path(__file__).with_name("zo2_peer.py")
+    try:
+        done = subprocess.run([str(python), str(script), json.dumps(given)], capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    except OSError as error:
+        raise InputError(f"expected a Python that has zo2 at {str(python)!r}: {error.strerror}") from None
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise InputError(f"expected a Python that has zo2 and a GPU at {str(python)!r}: {last}") from None
 
 
 def _installed(name: str) -> bool:

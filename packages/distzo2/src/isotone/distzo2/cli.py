@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,9 +21,13 @@ from isotone.shared.errors import InputError, check_count
 
 app = paper_app("distzo2", framework="torch")
 Opt, Arg = typer.Option, typer.Argument
+_JUDGED = 64  # batches that are held out, at most, while a model trains
 Model = Annotated[Path, Arg(help="a Hugging Face model folder")]
 Text = Annotated[Path, Opt(help="a text file, or .jsonl lines of prompt and completion, or of text and label")]
 Batch = Annotated[int, Opt(help="rows a batch, over all ranks")]
+Words = Annotated[
+    str, Opt(help="a causal model's words for classes 0, 1, ..., with commas, for lines of text and label")
+]
 Context = Annotated[int, Opt(help="tokens a row at most")]
 
 
@@ -46,14 +49,15 @@ def train(
     offload_dtype: Annotated[str, Opt(help="of blocks at rest: model, fp16, bf16 or fp32")] = "model",
     stochastic_rounding: Annotated[bool, Opt(help="of updates that are stored in half precision")] = False,
     parallel: Annotated[str, Opt(help="over torchrun's ranks: none, pertp, ddp or 2d")] = "none",
+    check_every: Annotated[int, Opt(help="steps between comparisons of the ranks' weights; 0 for none")] = 0,
     lora: Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")] = 0,
+    label_words: Words = "",
     checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 500,
 ) -> dict:
     """Fine-tune a model with two forward passes a step, on into OUT/model; resumes where it was killed."""
     from isotone.distzo2.config import ZOConfig
     from isotone.distzo2.engine import ZOEngine
     from isotone.distzo2.loading import load_model
-    from isotone.distzo2.objective import as_loss
     from isotone.distzo2.texts import corpus_of
     from isotone.distzo2.training import Schedule
     from isotone.distzo2.training import train as train_engine
@@ -73,27 +77,25 @@ def train(
         offload_dtype=_dtype(offload_dtype),
         stochastic_rounding=stochastic_rounding,
         parallel=parallel,
+        check_every=check_every,
         seed=_one_seed(run),
     )
     target = _target(model, run)
     with _ranks(parallel, device.resolve(run.device)) as where:
         made = load_model(model)
-        corpus = corpus_of(text, model, made, batch, context, config.seed)
+        corpus = corpus_of(text, model, made, batch, context, config.seed, _words(label_words))
         made = _lora(made, lora) if lora else made
         made = made if offload != "none" else made.to(where)
-        engine = ZOEngine(made, config, device=where)
+        engine = ZOEngine(made, config, objective=corpus.objective, device=where)
         first = engine.ranks.rank == 0
 
         def held_out(engine: ZOEngine) -> float:
-            costs = (partial(engine.objective, engine.model, _on(batch, where)) for batch in held)
-            pairs = [as_loss(engine.run(cost)) for cost in costs]
-            return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+            return corpus.judge(engine.model, engine.run, where, _JUDGED)["loss"]
 
-        held = corpus.held_out
         with progress.bar("train", steps, run.silent or not first) as bar:
             history = train_engine(
                 engine,
-                lambda step: _on(corpus.train(step), where),
+                corpus.train,
                 steps,
                 schedule=Schedule(lr, steps, schedule),
                 folder=run.out / "checkpoints",
@@ -114,23 +116,22 @@ def train(
 
 
 @verb(app)
-def evaluate(run: Run, model: Model, text: Text, batch: Batch = 16, context: Context = 128) -> dict:
-    """Mean loss of a model on the last tenth of a file, which train holds out."""
+def evaluate(
+    run: Run, model: Model, text: Text, batch: Batch = 16, context: Context = 128, label_words: Words = ""
+) -> dict:
+    """Mean loss of a model on the last tenth of a file, which train holds out, and accuracy where it has classes."""
     import torch
 
     from isotone.distzo2.loading import load_model
-    from isotone.distzo2.objective import model_loss
     from isotone.distzo2.texts import corpus_of
 
     check_count("--batch", batch)
     check_count("--context", context, 2)
     where = device.resolve(run.device)
     made = load_model(model).to(where)
-    corpus = corpus_of(text, model, made, batch, context, _one_seed(run))
+    corpus = corpus_of(text, model, made, batch, context, _one_seed(run), _words(label_words))
     with torch.no_grad():
-        pairs = [model_loss(made, _on(held, where)) for held in corpus.held_out]
-    terms = sum(count for _, count in pairs)
-    found = {"loss": sum(float(loss) * count for loss, count in pairs) / terms, "terms": terms}
+        found = corpus.judge(made, lambda function: function(), where)
     _write(run.out / "evaluation.json", found)
     return found
 
@@ -196,27 +197,35 @@ def plan(
 def reproduce(
     run: Run,
     scale: Annotated[str, Opt(help="smoke, cpu, gpu or paper")] = "smoke",
-    model: Annotated[Path | None, Opt(help="with --scale paper: a classifier's folder")] = None,
+    model: Annotated[Path | None, Opt(help="with --scale paper: a model's folder")] = None,
     text: Annotated[Path | None, Opt(help="with --scale paper: .jsonl lines of text and label")] = None,
+    label_words: Words = "",
 ) -> Report:
     """Measure the paper's claims again: equivalences, learning, overlap, slicing, bytes."""
+    from isotone.distzo2.reproduce import Given
     from isotone.distzo2.reproduce import reproduce as measure
 
-    return measure(scale, run, model, text)
+    given = Given(model, text, _words(label_words)) if model is not None and text is not None else None
+    return measure(scale, run, given)
 
 
 @verb(app)
-def bench(run: Run, size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "auto") -> Report:
+def bench(
+    run: Run,
+    size: Annotated[str, Opt(help="auto, cpu, gpu or tiny")] = "auto",
+    zo2: Annotated[Path | None, Opt(help="a Python that has the authors' zo2: timed beside ours on a GPU")] = None,
+) -> Report:
     """A step in memory and offloaded beside the reference's order of passes, LoRA with AdamW, and FSDP2's offload."""
     from isotone.distzo2.bench import bench as measure
 
-    return measure(run, size)
+    return measure(run, size, zo2)
 
 
 @contextmanager
 def _ranks(parallel: str, where: str) -> Iterator[str]:
     """torchrun's process group, for as long as the command runs; a rank that is gone ends it with one sentence."""
     from isotone.distzo2.distributed import RankLostError
+    from isotone.distzo2.engine import RanksDifferError
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -234,7 +243,7 @@ def _ranks(parallel: str, where: str) -> Iterator[str]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo")
     try:
         yield where
-    except RankLostError as error:
+    except (RankLostError, RanksDifferError) as error:
         print(f"isotone distzo2: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     finally:
@@ -284,8 +293,8 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
-def _on(batch: dict[str, Any], where: str) -> dict[str, Any]:
-    return {name: value.to(where) for name, value in batch.items()}
+def _words(given: str) -> tuple[str, ...]:
+    return tuple(given.split(",")) if given else ()
 
 
 def _one_seed(run: Run) -> int:

@@ -97,6 +97,14 @@ CLAIMS = {
             "min",
         ),
         _claim("ddp", "DDP on 2 ranks over one process, a thread each", f"{PAPER}", "x", None, "min"),
+        _claim(
+            "cores-limit",
+            "Two processes that share nothing, a step each at once, over one: what these two cores can give",
+            "reported",
+            "x",
+            None,
+            "min",
+        ),
         _claim("pertp-cores", "PertP on 2 ranks over one process with both cores", "reported", "x", None, "min"),
         _claim("bytes", "Bytes that a rank sends for parameters in a step", "section 7, item 12", "bytes", 32.0),
         _claim(

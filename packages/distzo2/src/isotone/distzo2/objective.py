@@ -7,10 +7,11 @@ model computes in (section 7, pitfalls).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,26 +42,38 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]
     return model(**batch).loss, len(labels)
 
 
-def label_words(token_ids: list[int]) -> Objective:
+def label_words(token_ids: Sequence[int]) -> Objective:
     """The prompted classification of section 2.11: cross-entropy over the logits of the label words at the last token.
 
     `token_ids`: one token a class. The batch has "labels" (B,) of classes; padding, if any, is masked by
     "attention_mask" (B, T).
     """
     if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids):
-        raise InputError(f"expected two or more different label words, got {token_ids}")
+        raise InputError(f"expected two or more different label words, got {list(token_ids)}")
 
     def objective(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs).logits
-        mask = batch.get("attention_mask")
-        length = logits.shape[1]
-        places = torch.arange(length, device=logits.device)
-        last = (places * mask).amax(1) if mask is not None else torch.full((len(logits),), length - 1)
-        rows = torch.arange(len(logits), device=logits.device)
-        return _mean(logits[rows, last.to(logits.device)][:, token_ids], batch["labels"])
+        return _mean(class_logits(model, batch, token_ids), batch["labels"])
 
     return objective
+
+
+def class_logits(model: nn.Module, batch: Mapping[str, Any], words: Sequence[int] = ()) -> Float[Tensor, "B classes"]:
+    """A classifier's logits or, with label `words`, a causal model's at the last token of each row."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if not words:
+        return model(**inputs).logits
+    mask = batch.get("attention_mask")
+    ids = batch["input_ids"]
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = (places * mask).amax(1) if mask is not None else places[-1].expand(len(ids))
+    asked, row = torch.unique(last, return_inverse=True)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, logits_to_keep=asked).logits
+    else:
+        # soft prompts stand before the tokens
+        logits = model(**inputs).logits[:, -ids.shape[1] :][:, asked]
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits[rows, row.to(logits.device)][:, list(words)]
 
 
 def as_loss(value: Any) -> tuple[float, int]:

@@ -24,16 +24,36 @@ def loss_plot(losses: Mapping[str, Sequence[float]], title: str, floor: float | 
     return drawing
 
 
+def seconds_plot(
+    runs: Mapping[str, Sequence[tuple[float, Sequence[float]]]], title: str, floor: float | None = None
+) -> Any:
+    """Training losses over wall time, steps being as long as one another: (seconds, losses) of each seed, by arm."""
+    drawing, axes = figure(title, "seconds", "loss, nats")
+    for number, (name, seeds) in enumerate(runs.items()):
+        for place, (seconds, losses) in enumerate(seeds):
+            smooth = max(1, len(losses) // 60)
+            usable = len(losses) // smooth * smooth
+            means = np.asarray(losses[:usable], dtype=float).reshape(-1, smooth).mean(1)
+            at = seconds / max(len(losses), 1) * smooth * (np.arange(len(means)) + 1)
+            axes.plot(at, means, color=f"C{number}", label=None if place else name)
+    if floor is not None:
+        axes.axhline(floor, color="#999999", linestyle=":")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return drawing
+
+
 def timeline_plot(spans: Sequence[Span], title: str) -> Any:
     """When each lane worked on which block: seconds from left to right, a lane a row."""
     drawing, axes = figure(title, "milliseconds", "", size=(8.0, 3.0))
     lanes = [lane for lane in LANES if any(span.lane == lane for span in spans)]
     begin = min(span.start for span in spans)
+    whole = 1000 * (max(span.end for span in spans) - begin)
     for row, lane in enumerate(lanes):
         for span in (s for s in spans if s.lane == lane):
             left, width = 1000 * (span.start - begin), 1000 * (span.end - span.start)
             axes.barh(row, width, left=left, height=0.8, color=f"C{row}", edgecolor="white", linewidth=0.5)
-            if span.block >= 0:
+            if span.block >= 0 and width > 0.015 * whole:  # wide enough for its number
                 axes.text(left + width / 2, row, str(span.block), ha="center", va="center", fontsize=7, color="white")
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()

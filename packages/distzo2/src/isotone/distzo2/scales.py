@@ -60,7 +60,7 @@ class Scale:
     tuning_steps: int = 1500
     equal_steps: int = 200
     zo_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    adamw_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    adamw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     sweep: SweepSetting = SweepSetting()
     sliced: SlicedSetting = SlicedSetting()

@@ -6,15 +6,21 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from isotone.distzo2.data import Batch, Windows
-from isotone.distzo2.objective import IGNORED
+from isotone.distzo2.objective import IGNORED, Objective, as_loss, class_logits, label_words, model_loss
+from isotone.distzo2.training import to_device
 from isotone.shared.errors import InputError
+
+Example = tuple[list[int], list[int] | int]
+"""Tokens, and what is asked of each of them, or a class."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,61 @@ class Corpus:
     train: Callable[[int], Batch]
     held_out: list[Batch]
     data_id: str
+    words: tuple[int, ...] = ()
+    classes: bool = False
+
+    @property
+    def objective(self) -> Objective:
+        """What a batch costs: the model's own mean loss, or the label words' cross-entropy."""
+        return label_words(self.words) if self.words else model_loss
+
+    def judge(
+        self, model: Any, run: Callable[[Callable[[], Any]], Any], device: torch.device | str, most: int | None = None
+    ) -> dict[str, float]:
+        """`model` on what is held out: mean `loss`, `terms` that it is over and, of classes, the `accuracy` in %.
+
+        `run(function)` calls a function of the model: an engine's `run`, or just that. `most`: batches.
+        """
+        total, terms, right = 0.0, 0, 0
+        for held in self.held_out[:most]:
+            batch = to_device(held, device)
+            if self.classes:
+                logits = run(partial(class_logits, model, batch, self.words))
+                labels = batch["labels"].to(logits.device)
+                right += int((logits.argmax(-1) == labels).sum())
+                loss, count = float(functional.cross_entropy(logits.double(), labels)), len(labels)
+            else:
+                loss, count = as_loss(run(partial(model_loss, model, batch)))
+            total, terms = total + loss * count, terms + count
+        if not terms:
+            raise InputError("expected held-out rows that ask for something, got none")
+        return {"loss": total / terms, "terms": terms, **({"accuracy": 100 * right / terms} if self.classes else {})}
 
 
-def corpus_of(path: Path, folder: Path, model: Any, rows: int, length: int, seed: int) -> Corpus:
+def corpus_of(
+    path: Path, folder: Path, model: Any, rows: int, length: int, seed: int, words: Sequence[str] = ()
+) -> Corpus:
     """What `path` trains a model of `folder` on, `rows` a batch, at most `length` tokens each.
 
     A .jsonl file has a line of {"prompt", "completion"} each, of which the completion is asked for, or of {"text",
-    "label"} for a classifier; any other file is text, taken in windows. Raises `InputError` where it is none of them,
-    or too short.
+    "label"} for a classifier or, with label `words` (one token a class), for a causal model; any other file is text,
+    taken in windows. Raises `InputError` where it is none of them, or too short.
     """
     encode = _encoder(folder, model.config.vocab_size)
     digest = hashlib.sha256(_read(path).encode()).hexdigest()
     data_id = f"{digest[:16]} {rows} {length} {seed}"
     if path.suffix == ".jsonl":
-        examples = [_example(line, number, path, encode, length) for number, line in _lines(path)]
+        examples = [_example(line, number, path, encode, length, bool(words)) for number, line in _lines(path)]
         cut = len(examples) * 9 // 10
         if cut < 1 or len(examples) - cut < 1:
             raise InputError(f"expected at least 2 lines in {str(path)!r}, got {len(examples)}")
         held = [_padded(examples[i : i + rows]) for i in range(cut, len(examples), rows)]
-        return Corpus(_Drawn(examples[:cut], rows, seed), held[:8], data_id)
+        tokens, classes = _words(words, encode), _classes(examples, path)
+        _check_classes(examples, path, model, tokens, classes)
+        data_id += f" {tokens}" if tokens else ""
+        return Corpus(_Drawn(examples[:cut], rows, seed), held, data_id, tokens, classes)
+    if words:
+        raise InputError(f"expected lines of text and label for label words, got {str(path)!r}")
     ids = torch.tensor(encode(_read(path)), dtype=torch.long)
     cut = len(ids) * 9 // 10
     if len(ids) - cut < length:
@@ -51,11 +93,49 @@ def corpus_of(path: Path, folder: Path, model: Any, rows: int, length: int, seed
     return Corpus(Windows(ids[:cut], length, rows, seed), [held_out(step) for step in range(4)], data_id)
 
 
+def _words(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[int, ...]:
+    """The token of each label word."""
+    found = []
+    for word in words:
+        ids = encode(word)
+        if len(ids) != 1:
+            raise InputError(f"expected a label word of one token, got {word!r} of {len(ids)}")
+        found += ids
+    if found:
+        label_words(found)  # refuses one word, and the same word twice
+    return tuple(found)
+
+
+def _classes(examples: Sequence[Example], path: Path) -> bool:
+    """Whether all lines have classes, none of them completions."""
+    kinds = {isinstance(label, int) for _, label in examples}
+    if len(kinds) > 1:
+        raise InputError(f"expected lines of one kind in {str(path)!r}, got completions and labels")
+    return kinds.pop()
+
+
+def _check_classes(examples: Sequence[Example], path: Path, model: Any, words: tuple[int, ...], classes: bool) -> None:
+    """That lines, model and label words belong together, and that every label is a class."""
+    classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if classifier and (words or not classes):
+        raise InputError(f"expected lines of text and label, and no label words, for a classifier: {str(path)!r}")
+    if not classes:
+        if words:
+            raise InputError(f"expected lines of text and label for label words, got completions: {str(path)!r}")
+        return
+    if not classifier and not words:
+        raise InputError(f"expected label words for a causal model on lines of text and label: {str(path)!r}")
+    most = len(words) or model.config.num_labels
+    for number, (_, label) in enumerate(examples, 1):
+        if not (isinstance(label, int) and 0 <= label < most):
+            raise InputError(f"expected labels below {most}, got {label} in example {number} of {str(path)!r}")
+
+
 @dataclass(frozen=True)
 class _Drawn:
     """Examples drawn with replacement, as a function of the step."""
 
-    examples: Sequence[tuple[list[int], list[int] | int]]
+    examples: Sequence[Example]
     rows: int
     seed: int
 
@@ -65,7 +145,7 @@ class _Drawn:
         return _padded([self.examples[i] for i in chosen])
 
 
-def _padded(examples: Sequence[tuple[list[int], list[int] | int]]) -> Batch:
+def _padded(examples: Sequence[Example]) -> Batch:
     """Rows of one length, padded on the right where nothing is asked for."""
     width = max(len(ids) for ids, _ in examples)
 
@@ -83,12 +163,16 @@ def _padded(examples: Sequence[tuple[list[int], list[int] | int]]) -> Batch:
 
 
 def _example(
-    line: str, number: int, path: Path, encode: Callable[[str], list[int]], length: int
-) -> tuple[list[int], list[int] | int]:
+    line: str, number: int, path: Path, encode: Callable[[str], list[int]], length: int, prompts: bool
+) -> Example:
     try:
         item = json.loads(line)
         if "label" in item:
-            return encode(str(item["text"]))[:length], int(item["label"])
+            ids = encode(str(item["text"]))
+            if not ids:
+                raise ValueError
+            # a prompt ends in what asks for the class
+            return ids[-length:] if prompts else ids[:length], int(item["label"])
         asked, answer = encode(str(item["prompt"])), encode(str(item["completion"]))
     except InputError:
         raise

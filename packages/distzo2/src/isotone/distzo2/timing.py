@@ -19,20 +19,34 @@ from isotone.distzo2.link import Span, ThrottledLink
 from isotone.distzo2.plan import pipeline_seconds
 
 
+class TimedLinear(nn.Linear):
+    """A linear layer whose forward takes `seconds` for a whole batch of `rows` rows, in proportion for fewer.
+
+    What it waits for before it begins (its block, other forwards) is not in these seconds.
+    """
+
+    def __init__(self, width: int, seconds: float, rows: int) -> None:
+        super().__init__(width, width)
+        self.seconds, self.rows = seconds, rows
+
+    def forward(self, input: Tensor) -> Tensor:
+        start = time.perf_counter()
+        found = super().forward(input)
+        rest = start + self.seconds * len(input) / self.rows - time.perf_counter()
+        time.sleep(max(0.0, rest))
+        return found
+
+
 class TimedLayers(nn.Module):
-    """Linear layers whose forward takes `seconds` for a whole batch of `rows` rows, in proportion for fewer."""
+    """`layers` of `TimedLinear`."""
 
     def __init__(self, layers: int, width: int, seconds: float, rows: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.seconds, self.rows = seconds, rows
+        self.layers = nn.ModuleList(TimedLinear(width, seconds, rows) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            start = time.perf_counter()
             x = layer(x)
-            rest = start + self.seconds * len(x) / self.rows - time.perf_counter()
-            time.sleep(max(0.0, rest))
         return x
 
 
@@ -146,24 +160,31 @@ def lm_batch(shape: dict[str, int]) -> dict[str, Tensor]:
 
 
 def pert_parallel(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One process beside ranks that share the work, a thread each, in turns: medians of the ratios."""
+    """One process beside ranks that share the work, a thread each, in turns: medians of the ratios.
+
+    "limit": what two processes that share nothing gain over one here, each with a step of its own, at once; two ranks
+    cannot gain more on cores that slow one another down.
+    """
     shape, rounds = arguments["shape"], arguments["rounds"]
     batch = lm_batch(shape)
-    alone = lm_engine(shape, None) if rank == 0 else None
+    alone = lm_engine(shape, None)
     arms = {"pertp": lm_engine(shape, init_mesh(2)), "ddp": lm_engine(shape, init_mesh(1))}
-    times: dict[str, list[float]] = {"alone": [], "pertp": [], "ddp": []}
+    times: dict[str, list[float]] = {name: [] for name in ("alone", "limit", *arms)}
     for _ in range(rounds + 1):
-        if alone is not None:
+        if rank == 0:
             times["alone"].append(_once(partial(alone.step, batch)))
+        dist.barrier()
+        times["limit"].append(_once(partial(alone.step, batch)))
         for name, engine in arms.items():
             own = shard(batch, engine.ranks)
             dist.barrier()
             times[name].append(_once(partial(engine.step, own)))
         dist.barrier()
-    if alone is None:
+    if rank:
         return {}
     kept = {name: values[1:] for name, values in times.items()}  # the first round warms up
     ratios = {name: [a / b for a, b in zip(kept["alone"], kept[name], strict=True)] for name in arms}
+    ratios["limit"] = [2 * a / b for a, b in zip(kept["alone"], kept["limit"], strict=True)]
     return {"ratios": ratios, "seconds": {name: statistics.median(values) for name, values in kept.items()}}
 
 

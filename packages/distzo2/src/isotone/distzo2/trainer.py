@@ -29,13 +29,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         return self.engine.step(closure).loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own, and the engine's steps, from which the seeds follow."""
-        return {**super().state_dict(), "steps": self.engine.steps}
+        """torch's own, the engine's steps, from which the seeds follow, and its trajectory."""
+        return {**super().state_dict(), "steps": self.engine.steps, "trajectory": self.engine.trajectory.arrays()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         state = dict(state_dict)
         self.engine.steps = int(state.pop("steps"))
+        self.engine.trajectory.fill(state.pop("trajectory"))
         super().load_state_dict(state)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from isotone.distzo2.distributed import shard
 from isotone.distzo2.engine import ZOEngine, ZOStep
@@ -57,10 +59,10 @@ def train(
 ) -> History:
     """Train to step `steps`; every rank calls it, and rank 0 writes.
 
-    `batches(step)`: the global batch of a step; each rank takes its rows. `folder`: of checkpoints, each with the
-    trained tensors and the trajectory; with `resume` the newest is taken, whatever the number of ranks that wrote it.
-    `data_id`: what the batches depend on, compared on resuming. `evaluate`, every `evaluate_every` steps and at the
-    end, 0 for neither. Raises `InputError` where the checkpoint is of another run.
+    `batches(step)`: the global batch of a step; each rank takes its rows, and they alone come to its device. `folder`:
+    of checkpoints, each with the trained tensors and the trajectory; with `resume` the newest is taken, whatever the
+    number of ranks that wrote it. `data_id`: what the batches depend on, compared on resuming. `evaluate`, every
+    `evaluate_every` steps and at the end, 0 for neither. Raises `InputError` where the checkpoint is of another run.
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every)
@@ -76,7 +78,8 @@ def train(
             store.clear()
         while engine.steps < steps:
             engine.lr = schedule(engine.steps)
-            found = engine.step(shard(batches(engine.steps), engine.ranks))
+            own = shard(batches(engine.steps), engine.ranks)
+            found = engine.step(to_device(own, engine.device))
             history.losses.append(found.loss)
             on_step(found)
             last = engine.steps == steps
@@ -87,6 +90,11 @@ def train(
         engine.flush()
     history.seconds = time.perf_counter() - start
     return history
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _identity(engine: ZOEngine, data_id: str, schedule: Schedule) -> dict[str, Any]:
