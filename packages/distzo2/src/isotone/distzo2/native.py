@@ -22,7 +22,9 @@ from torch import Tensor
 
 from isotone.distzo2.layout import GROUP, Segment
 
-_FLAGS = ["-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+# no result depends on -fno-trapping-math: without it a choice between two numbers is a branch, and no vector
+_FLAGS = ["-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS += ["-shared", "-fPIC"]
 _SHARE = 1 << 18
 """Elements below which a second thread is not worth its start."""
 _pointer = ctypes.c_void_p

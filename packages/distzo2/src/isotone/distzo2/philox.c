@@ -6,10 +6,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#define TILE 16 /* groups of four elements computed together, one vector register a word */
+#define TILE 32 /* groups of four elements computed together, a few vector registers a word */
+#define FLAT (4 * TILE)
 
-static void philox(uint32_t out[4][TILE], uint64_t first, uint32_t stream, uint32_t seed, uint32_t parameter) {
-    uint32_t c0[TILE], c1[TILE], c2[TILE], c3[TILE];
+/* Loops below are over a tile, without calls and branches, so that the compiler makes vectors of them; all is one
+ * function in the end, so that what a tile needs stays in registers. */
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE void philox(uint32_t out[4][TILE], uint64_t first, uint32_t stream, uint32_t seed, uint32_t parameter) {
+    uint32_t c0[TILE], c1[TILE], c2[TILE], c3[TILE], high0[TILE], high2[TILE];
     for (int i = 0; i < TILE; i++) {
         uint64_t group = first + (uint64_t)i;
         c0[i] = (uint32_t)group;
@@ -18,24 +23,28 @@ static void philox(uint32_t out[4][TILE], uint64_t first, uint32_t stream, uint3
         c3[i] = 0;
     }
     for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < TILE; i++) high0[i] = (uint32_t)(((uint64_t)c0[i] * 0xD2511F53u) >> 32);
+        for (int i = 0; i < TILE; i++) high2[i] = (uint32_t)(((uint64_t)c2[i] * 0xCD9E8D57u) >> 32);
         for (int i = 0; i < TILE; i++) {
-            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
-            uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1[i] ^ seed, n2 = (uint32_t)(p0 >> 32) ^ c3[i] ^ parameter;
-            c0[i] = n0;
-            c1[i] = (uint32_t)p1;
-            c2[i] = n2;
-            c3[i] = (uint32_t)p0;
+            uint32_t low0 = c0[i] * 0xD2511F53u, low2 = c2[i] * 0xCD9E8D57u;
+            c0[i] = high2[i] ^ c1[i] ^ seed;
+            c2[i] = high0[i] ^ c3[i] ^ parameter;
+            c1[i] = low2;
+            c3[i] = low0;
         }
         seed += 0x9E3779B9u;
         parameter += 0xBB67AE85u;
     }
-    memcpy(out[0], c0, sizeof c0);
-    memcpy(out[1], c1, sizeof c1);
-    memcpy(out[2], c2, sizeof c2);
-    memcpy(out[3], c3, sizeof c3);
+    for (int i = 0; i < TILE; i++) {
+        out[0][i] = c0[i];
+        out[1][i] = c1[i];
+        out[2][i] = c2[i];
+        out[3][i] = c3[i];
+    }
 }
 
-static void box_muller(const uint32_t *radius_word, const uint32_t *angle_word, float *even, float *odd) {
+INLINE void box_muller(const uint32_t *restrict radius_word, const uint32_t *restrict angle_word,
+                       float *restrict even, float *restrict odd) {
     for (int i = 0; i < TILE; i++) {
         float u = (float)(int32_t)((radius_word[i] >> 9) * 2u + 1u) * 0x1p-24f;
         int32_t bits;
@@ -78,20 +87,28 @@ static void box_muller(const uint32_t *radius_word, const uint32_t *angle_word, 
     }
 }
 
-static void normals(float z[4][TILE], uint64_t first, uint32_t seed, uint32_t parameter) {
+/* z of the FLAT elements of the groups from `first` on, in their order */
+INLINE void normals(float z[FLAT], uint64_t first, uint32_t seed, uint32_t parameter) {
     uint32_t words[4][TILE];
+    float lanes[4][TILE];
     philox(words, first, 0, seed, parameter);
-    box_muller(words[0], words[1], z[0], z[1]);
-    box_muller(words[2], words[3], z[2], z[3]);
+    box_muller(words[0], words[1], lanes[0], lanes[1]);
+    box_muller(words[2], words[3], lanes[2], lanes[3]);
+    for (int i = 0; i < TILE; i++) {
+        z[4 * i] = lanes[0][i];
+        z[4 * i + 1] = lanes[1][i];
+        z[4 * i + 2] = lanes[2][i];
+        z[4 * i + 3] = lanes[3][i];
+    }
 }
 
 /* z of the elements 4 first to 4 first + count - 1 of one parameter */
 void zo_normal(float *out, int64_t count, uint64_t first, uint32_t seed, uint32_t parameter) {
-    for (int64_t begin = 0; begin < count; begin += 4 * TILE) {
-        float z[4][TILE];
+    for (int64_t begin = 0; begin < count; begin += FLAT) {
+        float z[FLAT];
         normals(z, first + (uint64_t)(begin / 4), seed, parameter);
-        int64_t end = count - begin < 4 * TILE ? count - begin : 4 * TILE;
-        for (int64_t i = 0; i < end; i++) out[begin + i] = z[i & 3][i >> 2];
+        int64_t size = count - begin < FLAT ? count - begin : FLAT;
+        memcpy(out + begin, z, sizeof(float) * (size_t)size);
     }
 }
 
@@ -100,31 +117,33 @@ void zo_normal(float *out, int64_t count, uint64_t first, uint32_t seed, uint32_
 void zo_advance(float *weights, float *plus, float *minus, int64_t count, uint64_t first, uint32_t parameter,
                 int64_t updates, const uint32_t *seeds, const float *coefficients, float decay, uint32_t seed,
                 float eps) {
-    for (int64_t begin = 0; begin < count; begin += 4 * TILE) {
+    for (int64_t begin = 0; begin < count; begin += FLAT) {
         uint64_t group = first + (uint64_t)(begin / 4);
-        int64_t end = count - begin < 4 * TILE ? count - begin : 4 * TILE;
-        float z[4][TILE], sum[4][TILE], w[4 * TILE];
-        memcpy(w, weights + begin, sizeof(float) * (size_t)end);
+        int64_t size = count - begin < FLAT ? count - begin : FLAT;
+        size_t bytes = sizeof(float) * (size_t)size;
+        float z[FLAT], sum[FLAT], w[FLAT] = {0}, moved[FLAT];
+        memcpy(w, weights + begin, bytes);
         for (int64_t k = 0; k < updates; k++) {
             normals(z, group, seeds[k], parameter);
             float c = coefficients[k];
-            for (int lane = 0; lane < 4; lane++)
-                for (int i = 0; i < TILE; i++) {
-                    float term = z[lane][i] * c;
-                    sum[lane][i] = k ? sum[lane][i] + term : term;
-                }
+            if (k == 0)
+                for (int i = 0; i < FLAT; i++) sum[i] = z[i] * c;
+            else
+                for (int i = 0; i < FLAT; i++) sum[i] = sum[i] + z[i] * c;
         }
         if (updates) {
-            for (int64_t i = 0; i < end; i++) w[i] = w[i] - (sum[i & 3][i >> 2] + w[i] * decay);
-            memcpy(weights + begin, w, sizeof(float) * (size_t)end);
+            for (int i = 0; i < FLAT; i++) w[i] = w[i] - (sum[i] + w[i] * decay);
+            memcpy(weights + begin, w, bytes);
         }
         if (!plus && !minus) continue;
         normals(z, group, seed, parameter);
-        for (int lane = 0; lane < 4; lane++)
-            for (int i = 0; i < TILE; i++) z[lane][i] = z[lane][i] * eps;
-        if (plus)
-            for (int64_t i = 0; i < end; i++) plus[begin + i] = w[i] + z[i & 3][i >> 2];
-        if (minus)
-            for (int64_t i = 0; i < end; i++) minus[begin + i] = w[i] - z[i & 3][i >> 2];
+        if (plus) {
+            for (int i = 0; i < FLAT; i++) moved[i] = w[i] + z[i] * eps;
+            memcpy(plus + begin, moved, bytes);
+        }
+        if (minus) {
+            for (int i = 0; i < FLAT; i++) moved[i] = w[i] - z[i] * eps;
+            memcpy(minus + begin, moved, bytes);
+        }
     }
 }
