@@ -97,8 +97,9 @@ def test_ranks_of_torchrun_train_and_a_killed_one_ends_all(folder):
     command = [*launch, "isotone.distzo2", *TRAIN, "--parallel", "pertp", "--offload", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    done = subprocess.run([*command, "--steps", "4", "--out", "two"], cwd=folder, env=environment, timeout=200)
-    assert done.returncode == 0 and torch.equal(weights(folder, "two"), weights(folder, "one"))
+    done = subprocess.run([*command, "--steps", "4", "--out", "two"], timeout=200, **options)
+    assert done.returncode == 0 and done.stdout.count("scalar bytes") == 1, "one rank speaks"
+    assert torch.equal(weights(folder, "two"), weights(folder, "one"))
     process = subprocess.Popen([*command, "--steps", "100000", "--checkpoint-every", "5", "--out", "three"], **options)
     checkpoints = folder / "three" / "checkpoints"
     while not list(checkpoints.glob("step-*")) and process.poll() is None:
@@ -106,4 +107,6 @@ def test_ranks_of_torchrun_train_and_a_killed_one_ends_all(folder):
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, stderr = process.communicate(timeout=100)
-    assert process.returncode and stderr.count("another rank ended or did not answer") == 1
+    # torchrun may end the other rank before it has said its sentence
+    assert process.returncode and stderr.count("another rank ended or did not answer") <= 1
+    assert "isotone/distzo2" not in stderr, "a traceback of ours"

@@ -53,7 +53,7 @@ def train(
     lora: Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")] = 0,
     label_words: Words = "",
     checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 500,
-) -> dict:
+) -> dict | None:
     """Fine-tune a model with two forward passes a step, on into OUT/model; resumes where it was killed."""
     from isotone.distzo2.config import ZOConfig
     from isotone.distzo2.engine import ZOEngine
@@ -107,8 +107,9 @@ def train(
                 on_step=lambda step: bar.advance(1, loss=round(step.loss, 4)),
             )
         state = engine.state_dict()
-        if first:
-            _write_run(run, made, state, model, target, engine, history)
+        if not first:
+            return None  # one rank speaks
+        _write_run(run, made, state, model, target, engine, history)
         last = max(history.scores) if history.scores else None
         found = {"steps": engine.steps, "loss": history.losses[-1], "seconds": round(history.seconds, 1)}
         found |= {"held-out loss": history.scores[last]} if last is not None else {}
