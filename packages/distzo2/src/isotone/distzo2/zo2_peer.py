@@ -56,4 +56,4 @@ def main(given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")
