@@ -9,7 +9,7 @@ _TRAIN = ["train", "model", "--text", "text.txt", "--steps", "3", "--batch", "2"
 JOB = [*_TRAIN, "--offload", "cpu"]
 BAD = [
     (["train", "missing-model", "--text", "text.txt"], "missing-model"),
-    (["train", "model", "--text", "missing.txt"], "missing.txt"),
+    (["train", "model", "--text", "missing.txt", "--context", "16"], "missing.txt"),
     (["train", "nan-model", "--text", "text.txt"], "NaN"),
     (["train", "torn", "--text", "text.txt"], "torn"),
     ([*_TRAIN, "--eps", "0"], "eps"),
@@ -23,11 +23,11 @@ BAD = [
     ([*_TRAIN, "--offload-dtype", "fp4"], "fp4"),
     ([*_TRAIN, "--steps", "0"], "--steps"),
     ([*_TRAIN, "--seeds", "1,2"], "one seed"),
-    (["train", "model", "--text", "short.txt"], "short.txt"),
-    (["train", "model", "--text", "bad.jsonl"], "line 2"),
+    (["train", "model", "--text", "short.txt", "--context", "16"], "short.txt"),
+    (["train", "model", "--text", "bad.jsonl", "--context", "16"], "line 2"),
     (["replay", "model", "--trajectory", "missing.safetensors"], "missing.safetensors"),
     (["replay", "model", "--trajectory", "torn.safetensors"], "torn.safetensors"),
-    (["evaluate", "model", "--text", "missing.txt"], "missing.txt"),
+    (["evaluate", "model", "--text", "missing.txt", "--context", "16"], "missing.txt"),
     (["evaluate", "model", "--text", "text.txt", "--context", "65"], "64 positions"),
     (["plan", "model", "--pertp", "7"], "pertp"),
     (["plan", "model", "--offload-bytes", "-2"], "offload_bytes"),
