@@ -83,6 +83,26 @@ def test_label_words_of_a_causal_model(folder):
     assert result.code == 2 and "text and label" in result.stderr
 
 
+def test_a_classifier_sees_each_row_alone(tmp_path):
+    """Shorter rows are padded with the token by which the model finds their last one: the batch changes nothing."""
+    from transformers import OPTConfig, OPTForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+    config = OPTConfig(vocab_size=256, max_position_embeddings=64, num_labels=2, **sizes)
+    OPTForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    lines = [json.dumps({"text": "a good film"[: 3 + i % 8], "label": i % 2}) for i in range(60)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    options = ["classifier", "--text", "lines.jsonl", "--context", "16", "--batch"]
+    alone, together = (ran(tmp_path, "evaluate", *options, rows) for rows in ("1", "6"))
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6) and together["terms"] == 6
+    assert together["accuracy"] == alone["accuracy"]
+    stripped = json.loads((tmp_path / "classifier" / "config.json").read_text()) | {"pad_token_id": None}
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(stripped))
+    result = run_cli(app, ["evaluate", *options, "6"], tmp_path)
+    assert result.code == 2 and "pad_token_id" in result.stderr
+
+
 def test_plans(folder):
     found = ran(folder, "plan", "model", "--slices", "2")
     assert "2 blocks" in found["parameters"] and found["gradient"].startswith("24 bytes")

@@ -96,6 +96,7 @@ def test_refusals_of_ranks(worlds):
     assert all("PertP group of 2" in rank["pertp of three"] for rank in worlds[3])
     assert all("got 3" in rank["2d of three"] for rank in worlds[3])
     assert all(rank["named"] == 2 for rank in worlds[4])
+    assert all("without PertP" in rank["one-sided over both"] for rank in worlds[4])
     with pytest.raises(InputError, match="torchrun"):
         init_mesh()
     with pytest.raises(InputError, match="gloo"):

@@ -74,6 +74,8 @@ def test_closures_that_give_no_loss(value):
         engine.step(lambda: value)
     with pytest.raises(InputError, match="labels"):
         engine.step({"input_ids": torch.zeros(1, 2)})
+    with pytest.raises(InputError, match="tensor"):
+        engine.step({"input_ids": torch.zeros(1, 2), "labels": [1]})
 
 
 # --- data -----------------------------------------------------------------------------------------------

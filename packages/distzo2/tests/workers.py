@@ -141,6 +141,10 @@ def everything(rank, world, folder):
         found["2d of three"] = said(InputError, lambda: ZOEngine(models.make(), ZOConfig(parallel="2d")))
         found["resumed"] = resumed(os.path.join(folder, "elastic"), 6)
     if world == 4:
+        found["one-sided over both"] = said(
+            InputError,
+            lambda: ZOEngine(models.make(), ZOConfig(estimator="one_sided", n_directions=2), init_mesh(2, 1, 2)),
+        )
         found["named"] = ZOEngine(models.make(), ZOConfig(parallel="2d")).ranks.data_size
         found["resumed"] = resumed(os.path.join(folder, "elastic"), 8)
     return found

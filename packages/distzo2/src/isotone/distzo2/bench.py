@@ -1,8 +1,8 @@
 """A step beside what a user would run instead, on the same model and batch, in one run.
 
 In memory: the reference's order of passes, checked to give the same projected gradient from the same directions.
-Memory: LoRA with AdamW (peft), and FSDP2 with its CPU offload (one rank, gloo) on the same model; both are checked to
-start from the same loss.
+Memory: LoRA with AdamW (peft), and FSDP2 with its CPU offload (one rank, gloo) on the same model; the losses of their
+first steps are compared. On a CPU offload moves nothing.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def bench(run: Run, size: str = "auto", zo2: Path | None = None) -> Report:
     if name == "gpu" and where != "cuda":
         raise InputError("expected a GPU for --size gpu, found none; --size cpu runs here")
     setting = SIZES[name]
+    if zo2 is not None and setting.shapes:
+        zo2_step(zo2, "tiny", 1, 16)  # said now if it does not run, not after what is measured before it
     start = time.perf_counter()
     work: list[Callable[[], list[Ratio]]] = [
         *(partial(_in_memory, setting, *batch, where) for batch in setting.batches),
@@ -160,9 +162,9 @@ def _memory(setting: Size, where: str) -> list[Ratio]:
     arguments |= {"rows": rows, "length": length, "where": where}
     arms = ["zo", "fsdp2", *(["lora"] if _installed("peft") else [])]
     found = {arm: run_ranks(peak_memory, 1, {**arguments, "arm": arm})[0] for arm in arms}
-    losses = {round(result["loss"], 3) for result in found.values()}
-    if len(losses) > 1:
-        raise RuntimeError(f"expected the same loss before training, got {losses}")
+    losses = [result["loss"] for result in found.values()]
+    if max(losses) - min(losses) > 0.05:  # ours is l+, at eps from where the others begin
+        raise RuntimeError(f"expected about the same loss in every first step, got {losses}")
     peers = {
         "lora": ("LoRA and AdamW", f"peft {version('peft')}" if "lora" in found else ""),
         "fsdp2": ("FSDP2, CPU offload, AdamW", f"torch {torch.__version__}"),
@@ -186,12 +188,12 @@ def peak_memory(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, f
     warm = random_model(1, 32, 64, 16)
     model_loss(warm, random_batch(64, 1, 16, "cpu"))
     before = _resident() if where == "cpu" else 0
-    model = random_model(arguments["layers"], arguments["hidden"], arguments["vocab"], arguments["length"]).to(where)
-    with torch.no_grad():
-        loss = float(model_loss(model, batch)[0])
+    model = random_model(arguments["layers"], arguments["hidden"], arguments["vocab"], arguments["length"])
     step = _STEPS[arm](model, batch, where)
-    for _ in range(2):
-        step()
+    if where == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.reset_peak_memory_stats()
+    loss = float(step())
+    step()
     peak = _resident() if where == "cpu" else torch.cuda.max_memory_allocated()
     return {"loss": loss, "peak": float(peak - before)}
 
@@ -207,18 +209,20 @@ def _resident() -> int:
 
 
 def _zo(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[], Any]:
-    engine = ZOEngine(model, ZOConfig(lr=1e-7))
-    return lambda: engine.step(batch)
+    # on a GPU blocks rest on the host, as FSDP2's do; on a CPU that is where they are
+    engine = ZOEngine(model, ZOConfig(lr=1e-7, offload="cpu" if where == "cuda" else "none"), device=where)
+    return lambda: engine.step(batch).loss
 
 
 def _first_order(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         loss: Any = model_loss(model, batch)[0]
         loss.backward()
         optimizer.step()
+        return float(loss.detach())
 
     return step
 
@@ -226,7 +230,7 @@ def _first_order(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any
 def _lora(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[], Any]:
     import peft
 
-    return _first_order(peft.get_peft_model(model, peft.LoraConfig(r=8, task_type="CAUSAL_LM")), batch)
+    return _first_order(peft.get_peft_model(model.to(where), peft.LoraConfig(r=8, task_type="CAUSAL_LM")), batch)
 
 
 def _fsdp2(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[], Any]:

@@ -160,6 +160,8 @@ class Wire:
     def _collective(self, send: Any) -> None:
         try:
             send()
+        except torch.OutOfMemoryError:
+            raise  # of this rank's own
         except RuntimeError as error:
             # gloo's words begin with a file of its own and end with advice
             reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0]).split(". ")[0]
@@ -182,6 +184,11 @@ def shard(batch: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
         raise InputError(f"expected a batch of at least {ranks.data_size} rows, one a data shard, got {count}")
     mine = slice(ranks.data * count // ranks.data_size, (ranks.data + 1) * count // ranks.data_size)
     return {**batch, **{name: value[mine] for name, value in tensors.items()}}
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def checksum(flat: Tensor, first: int = 0) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from isotone.distzo2 import rng
 from isotone.distzo2.config import ZOConfig, check_deterministic
-from isotone.distzo2.distributed import RankLostError, Wire, checksum, mesh_for, ranks_of
+from isotone.distzo2.distributed import RankLostError, Wire, checksum, mesh_for, ranks_of, to_device
 from isotone.distzo2.kernels import Update
 from isotone.distzo2.layout import lay_out
 from isotone.distzo2.link import CudaLink, Link
@@ -123,11 +123,13 @@ class ZOEngine:
     def step(self, batch: Any) -> ZOStep:
         """One step on this rank's `batch`, or on a closure that gives a loss or a pair of a mean and its terms.
 
-        The closure runs once for each perturbation and calls the model as it likes, `generate` included; what it
-        returns need not be differentiable. The rate is `self.lr` of now, also where the update comes later.
+        A batch comes to the engine's device. The closure runs once for each perturbation and calls the model as it
+        likes; what it returns need not be differentiable. Where ranks hold slices all closures must call the model
+        equally often: one that generates texts of any length needs `slicing=False`. The rate is `self.lr` of now, also
+        where the update comes later.
         """
         seeds = tuple(rng.step_seed(self.seed, self.steps, k) for k in range(self.config.n_directions))
-        function = batch if callable(batch) else partial(self.objective, self.model, batch)
+        function = self._function(batch)
         losses = [as_loss(value) for value in self._forward([function] * len(self._streams), seeds)]
         found = self._combine(losses, seeds)
         lr = 0.0 if found.skipped else self.lr
@@ -161,7 +163,7 @@ class ZOEngine:
 
     def evaluate(self, batch: Any) -> float:
         """The mean loss of this rank's `batch` (or closure), over the data shards of all ranks."""
-        function = batch if callable(batch) else partial(self.objective, self.model, batch)
+        function = self._function(batch)
         loss, count = as_loss(self.run(function))
         speaks = self.ranks.counts_terms and count > 0
         total, terms = self.wire.sum([loss * count, float(count)] if speaks else [0.0, 0.0])
@@ -217,7 +219,8 @@ class ZOEngine:
         tensors = self._tensors()
         for parameter in self.model.parameters():
             if id(parameter) in tensors:
-                parameter.data = tensors[id(parameter)].to(self.device, copy=True)
+                # a block that rested on the host stays there: all of them may not fit the device
+                parameter.data = tensors[id(parameter)].clone()
         for hook in self._hooks:
             hook.remove()
 
@@ -242,6 +245,12 @@ class ZOEngine:
         self.pipeline.ahead(-1)
         self.weights.begin(self.pending, seeds)
         return self._through(functions, partial(self._load, seeds), self._select)
+
+    def _function(self, batch: Any) -> Callable[[], Any]:
+        if callable(batch):
+            return batch
+        given = to_device(batch, self.device) if isinstance(batch, Mapping) else batch
+        return partial(self.objective, self.model, given)
 
     def _through(
         self,
@@ -295,12 +304,15 @@ class ZOEngine:
             self._lockstep.arrive(number)
 
     def _guarded(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Gradients, autocast and the GPU's stream are a thread's own; autocast's cache of cast weights is not."""
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        """Gradients, autocast and the GPU's stream are a thread's own, and are taken over from the caller's; autocast's
+        cache of cast weights would outlive the weights."""
+        kind = self.device.type
+        stream = torch.cuda.current_stream(self.device) if kind == "cuda" else None
+        cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def call() -> Any:
-            torch.set_autocast_cache_enabled(False)
-            with torch.no_grad(), torch.cuda.stream(stream):
+            mixed = torch.autocast(kind, dtype, enabled=cast, cache_enabled=False)
+            with torch.no_grad(), torch.cuda.stream(stream), mixed:
                 return function()
 
         return call
@@ -329,13 +341,16 @@ class ZOEngine:
     # --- the parts --------------------------------------------------------------------------------------
 
     def _own_streams(self) -> list[tuple[int, int]]:
+        one_sided = self.config.estimator == "one_sided"
+        if one_sided and self.ranks.direction_size > 1 and self.ranks.sign_size > 1:
+            raise InputError("expected a mesh without PertP for one-sided directions over ranks, got both")
         mine = self.ranks.streams(self.config.n_directions, self.config.signs)
         if not mine:
             raise InputError(
                 f"expected n_directions of at least {self.ranks.direction_size}, one a rank of the mesh's direction, "
                 f"got {self.config.n_directions}"
             )
-        if self.config.estimator == "one_sided":
+        if one_sided:
             mine = [(k, sign) for k, sign in mine if sign == 0 or k == 0]
         return mine
 

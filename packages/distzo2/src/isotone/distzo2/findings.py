@@ -45,7 +45,8 @@ CLAIMS = {
         ),
         _claim(
             "accuracy",
-            "Keyword task: accuracy of 2D with slices on 4 ranks minus MeZO's in one process, the larger way",
+            "Keyword task after the steps of the first row: accuracy of 2D with slices on 4 ranks minus that of one "
+            "process, the larger way",
             f"{PAPER}: OPT-13B on SST-2, 91.4 and 91.4 %",
             "points",
             1.0,
@@ -109,7 +110,7 @@ CLAIMS = {
         _claim("bytes", "Bytes that a rank sends for parameters in a step", "section 7, item 12", "bytes", 32.0),
         _claim(
             "gpu-speed",
-            "Offloaded over resident MeZO, 8 x 2048 tokens, the slowest of the shapes that fit resident",
+            "Offloaded over resident MeZO, 8 x 2048 tokens, the slowest of the shapes",
             "section 9 of the specification",
             "x",
             0.95,

@@ -146,6 +146,7 @@ class CudaLink(Link):  # pragma: no cover - needs a GPU
 
     def __init__(self, device: torch.device, overlap: bool = True) -> None:
         super().__init__(overlap)
+        self._device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in LANES if lane != "compute"}
         self._marks: list[tuple[str, int, Any, Any]] = []
         self._first: Any = None
@@ -153,7 +154,7 @@ class CudaLink(Link):  # pragma: no cover - needs a GPU
     def record(self) -> list[Span]:
         """Keep the spans from now on; they are in the list after `finish`."""
         self._first = torch.cuda.Event(enable_timing=True)
-        self._first.record()
+        self._first.record(torch.cuda.current_stream(self._device))
         self._marks.clear()
         return super().record()
 
@@ -168,18 +169,18 @@ class CudaLink(Link):  # pragma: no cover - needs a GPU
             event = self._event()
         if self.spans is not None:
             self._marks.append((lane, block, begin, event))
-        return _Event(event)
+        return _Event(event, self._device)
 
     def computing(self, block: int, start: float) -> None:
         """The host's clock does not say when a GPU computes: the lanes alone are noted."""
 
     def mark(self) -> Ticket | None:
         """An event after all that the present stream was given."""
-        return _Event(self._event())
+        return _Event(self._event(), self._device)
 
     def finish(self) -> None:
         """Wait for the GPU, and write down when the lanes worked."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         for lane, block, begin, end in self._marks:
             assert self.spans is not None
             times = (self._first.elapsed_time(event) / 1000 for event in (begin, end))
@@ -188,16 +189,17 @@ class CudaLink(Link):  # pragma: no cover - needs a GPU
 
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=self.spans is not None)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 
 @dataclass
 class _Event:  # pragma: no cover - needs a GPU
     event: Any
+    device: torch.device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
 def copy(target: Tensor, source: Tensor) -> int:

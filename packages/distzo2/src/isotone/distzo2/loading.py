@@ -30,7 +30,7 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     names = getattr(config, "architectures", None) or [""]
     classifier = names[0].endswith("ForSequenceClassification")
     loader: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    with _reading(folder):
+    with reading(folder):
         model, report = loader.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"expected every weight of the model in {str(folder)!r}, {missing[0]} is missing")
@@ -47,7 +47,7 @@ def config_of(folder: Path) -> Any:
     inside = folder / "config.json" if folder.is_dir() else folder
     if not inside.is_file():
         raise InputError(f"expected a Hugging Face model folder with a config.json at {str(folder)!r}, found none")
-    with _reading(folder):
+    with reading(folder):
         return AutoConfig.from_pretrained(folder)
 
 
@@ -56,7 +56,7 @@ def meta_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = config_of(folder)
-    with _reading(folder), torch.device("meta"):
+    with reading(folder), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -77,7 +77,7 @@ def save_model(model: Any, state: dict[str, torch.Tensor], source: Path, target:
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
+def reading(folder: Path) -> Iterator[None]:
     """Errors that a broken model folder causes, as one sentence that names it."""
     from safetensors import SafetensorError
 

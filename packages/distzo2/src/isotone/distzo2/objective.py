@@ -32,14 +32,16 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise InputError('expected a batch with "labels", or a closure that returns a loss')
     labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if not isinstance(labels, Tensor):
+        raise InputError(f'expected a tensor of "labels", got {type(labels).__name__}')
+    inputs = _inputs(model, batch)
     if _is_causal(model):
         return _next_tokens(model, inputs, labels)
     if labels.ndim == 1 and not labels.is_floating_point():
         logits = model(**inputs).logits
         if logits.ndim == 2 and logits.shape[1] > 1:
             return _mean(logits, labels)
-    return model(**batch).loss, len(labels)
+    return model(**inputs, labels=labels).loss, len(labels)
 
 
 def label_words(token_ids: Sequence[int]) -> Objective:
@@ -59,7 +61,7 @@ def label_words(token_ids: Sequence[int]) -> Objective:
 
 def class_logits(model: nn.Module, batch: Mapping[str, Any], words: Sequence[int] = ()) -> Float[Tensor, "B classes"]:
     """A classifier's logits or, with label `words`, a causal model's at the last token of each row."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = _inputs(model, batch)
     if not words:
         return model(**inputs).logits
     mask = batch.get("attention_mask")
@@ -88,10 +90,21 @@ def as_loss(value: Any) -> tuple[float, int]:
     return float(loss), count
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is called with but for the labels; keys and values of all layers are not kept."""
+    found = {name: value for name, value in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(_inner(model).forward).parameters:
+        found.setdefault("use_cache", False)
+    return found
+
+
+def _inner(model: nn.Module) -> nn.Module:
     base: Any = getattr(model, "get_base_model", None)  # peft's
-    inner = base() if callable(base) else model
-    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return base() if callable(base) else model
+
+
+def _is_causal(model: nn.Module) -> bool:
+    return type(_inner(model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _next_tokens(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, int]:

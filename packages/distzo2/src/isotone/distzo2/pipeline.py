@@ -8,6 +8,8 @@ ranks gather the whole (section 2.9).
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,7 +299,13 @@ def _on_disk(config: ZOConfig, name: str, dtype: torch.dtype, size: int) -> Tens
     assert config.disk_folder is not None
     folder = Path(config.disk_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return torch.from_file(str(folder / f"{name}.bin"), shared=True, size=size, dtype=dtype)
+    # a file of this engine alone, whatever else uses the folder; its room is free again when nothing maps it
+    handle, path = tempfile.mkstemp(".bin", f"{name}-", folder)
+    os.close(handle)
+    try:
+        return torch.from_file(path, shared=True, size=size, dtype=dtype)
+    finally:
+        os.unlink(path)
 
 
 @functools.cache

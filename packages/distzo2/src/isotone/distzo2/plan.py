@@ -9,7 +9,7 @@ from torch import nn
 
 from isotone.distzo2.config import check_not_negative, check_positive
 from isotone.distzo2.layout import find_blocks
-from isotone.shared.errors import check_count
+from isotone.shared.errors import InputError, check_count
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ def predict(
     `gradient_bytes`: what first-order data parallelism would send where `scalar_bytes` are sent here.
     Raises `InputError` for numbers below 1.
     """
-    for name, value in (("tokens", tokens), ("slices", slices), ("directions", directions), ("pertp", pertp)):
+    sizes = {"tokens": tokens, "slices": slices, "directions": directions}
+    for name, value in {**sizes, "offload_bytes": offload_bytes, "working_bytes": working_bytes}.items():
         check_count(name, value)
+    if pertp not in (1, 2):
+        raise InputError(f"expected pertp to be 1 or 2, got {pertp}")
     block = shape.block_parameters
     passes = 2 * directions / pertp
     one_way = block * offload_bytes / slices

@@ -15,6 +15,8 @@ from isotone.distzo2.engine import ZOEngine
 from isotone.distzo2.objective import model_loss
 
 HELD_OUT_SEED = 1 << 40
+TUNING_TEXTS_SEED = 1 << 41
+"""Of the texts by which a learning rate is chosen: others than those that are reported."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,15 @@ def batch_of(task: KeywordTask, seed: int, step: int) -> dict[str, torch.Tensor]
 
 @torch.no_grad()
 def score(model: Any, task: KeywordTask) -> dict[str, float]:
-    """Loss (nats) and accuracy (%) on texts that no run trains on."""
-    batch = keyword_batch(task.held_out, HELD_OUT_SEED, task.length)
+    """Loss (nats) and accuracy (%) on texts that no run trains on, and the loss on others to choose a rate by."""
+    tuning = keyword_batch(task.held_out, TUNING_TEXTS_SEED, task.length)
+    return {
+        **_judged(model, keyword_batch(task.held_out, HELD_OUT_SEED, task.length)),
+        "tuning_loss": _judged(model, tuning)["loss"],
+    }
+
+
+def _judged(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = torch.nn.functional.cross_entropy(logits.double(), batch["labels"])
     return {"loss": float(loss), "accuracy": 100 * float((logits.argmax(1) == batch["labels"]).double().mean())}
@@ -99,6 +108,6 @@ def first_order(task: KeywordTask, lr: float, seconds: float, seed: int, lora: i
 
 
 def best_rate(rates: tuple[float, ...], run: Callable[[float], dict[str, Any]]) -> float:
-    """The rate with the lowest held-out loss of one run each."""
-    losses = {rate: run(rate)["loss"] for rate in rates}
+    """The rate with the lowest loss on the tuning texts, of one run each."""
+    losses = {rate: run(rate)["tuning_loss"] for rate in rates}
     return min((rate for rate in rates if losses[rate] == losses[rate]), key=lambda rate: losses[rate])

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from isotone.distzo2.data import Batch, Windows
+from isotone.distzo2.distributed import to_device
+from isotone.distzo2.loading import reading
 from isotone.distzo2.objective import IGNORED, Objective, as_loss, class_logits, label_words, model_loss
-from isotone.distzo2.training import to_device
 from isotone.shared.errors import InputError
 
 Example = tuple[list[int], list[int] | int]
@@ -70,6 +71,8 @@ def corpus_of(
     "label"} for a classifier or, with label `words` (one token a class), for a causal model; any other file is text,
     taken in windows. Raises `InputError` where it is none of them, or too short.
     """
+    if length > (most := getattr(model.config, "max_position_embeddings", None) or length):
+        raise InputError(f"expected a context of at most the model's {most} positions, got {length}")
     encode = _encoder(folder, model.config.vocab_size)
     digest = hashlib.sha256(_read(path).encode()).hexdigest()
     data_id = f"{digest[:16]} {rows} {length} {seed}"
@@ -78,11 +81,12 @@ def corpus_of(
         cut = len(examples) * 9 // 10
         if cut < 1 or len(examples) - cut < 1:
             raise InputError(f"expected at least 2 lines in {str(path)!r}, got {len(examples)}")
-        held = [_padded(examples[i : i + rows]) for i in range(cut, len(examples), rows)]
+        pad = _pad_token(model, rows)
+        held = [_padded(examples[i : i + rows], pad) for i in range(cut, len(examples), rows)]
         tokens, classes = _words(words, encode), _classes(examples, path)
         _check_classes(examples, path, model, tokens, classes)
         data_id += f" {tokens}" if tokens else ""
-        return Corpus(_Drawn(examples[:cut], rows, seed), held, data_id, tokens, classes)
+        return Corpus(_Drawn(examples[:cut], rows, seed, pad), held, data_id, tokens, classes)
     if words:
         raise InputError(f"expected lines of text and label for label words, got {str(path)!r}")
     ids = torch.tensor(encode(_read(path)), dtype=torch.long)
@@ -91,6 +95,16 @@ def corpus_of(
         raise InputError(f"expected {str(path)!r} to have at least {10 * length} tokens, got {len(ids)}")
     held_out = Windows(ids[cut:], length, rows, 7)
     return Corpus(Windows(ids[:cut], length, rows, seed), [held_out(step) for step in range(4)], data_id)
+
+
+def _pad_token(model: Any, rows: int) -> int:
+    """What rows are padded with: a classifier finds its last token by it, others by the mask."""
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is not None:
+        return int(pad)
+    if rows > 1 and type(model).__name__.endswith("ForSequenceClassification"):
+        raise InputError("expected a pad_token_id in the classifier's config for batches of several rows, found none")
+    return 0
 
 
 def _words(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[int, ...]:
@@ -138,14 +152,15 @@ class _Drawn:
     examples: Sequence[Example]
     rows: int
     seed: int
+    pad: int
 
     def __call__(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
         chosen = torch.randint(len(self.examples), (self.rows,), generator=generator).tolist()
-        return _padded([self.examples[i] for i in chosen])
+        return _padded([self.examples[i] for i in chosen], self.pad)
 
 
-def _padded(examples: Sequence[Example]) -> Batch:
+def _padded(examples: Sequence[Example], pad: int) -> Batch:
     """Rows of one length, padded on the right where nothing is asked for."""
     width = max(len(ids) for ids, _ in examples)
 
@@ -156,7 +171,7 @@ def _padded(examples: Sequence[Example]) -> Batch:
     labels = [label for _, label in examples]
     asked = [label for label in labels if isinstance(label, list)]
     return {
-        "input_ids": rows(ids, 0),
+        "input_ids": rows(ids, pad),
         "attention_mask": rows([[1] * len(row) for row in ids], 0),
         "labels": rows(asked, IGNORED) if asked else torch.tensor(labels),
     }
@@ -202,7 +217,8 @@ def _encoder(folder: Path, vocab_size: int) -> Callable[[str], list[int]]:
     if any(folder.glob("tokenizer*")):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def encode(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else list(text.encode())

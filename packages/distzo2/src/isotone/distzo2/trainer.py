@@ -44,15 +44,19 @@ class ZOTrainer(Trainer):
     """`Trainer` that needs no backward pass. `config`: of the engine, whose rate is `args.learning_rate`.
 
     The model is in eval mode while it trains: dropout would make the two forwards two functions. Raises `InputError`
-    for gradient accumulation (a larger batch costs no more memory for activations that are not kept).
+    for gradient accumulation (a larger batch costs no more memory for activations that are not kept) and for several
+    processes, whose data Trainer would deal out without regard to the mesh.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, config: ZOConfig | None = None, **options: Any):
         if args.gradient_accumulation_steps != 1:
             given = args.gradient_accumulation_steps
             raise InputError(f"expected gradient_accumulation_steps of 1, got {given}; take larger batches")
+        if args.world_size > 1:
+            raise InputError(f"expected one process for ZOTrainer, got {args.world_size}; `training.train` has ranks")
         args.max_grad_norm = 0.0
         super().__init__(model=model, args=args, **options)
+        self.accelerator.device_placement = False
         self.engine = ZOEngine(model.eval(), config)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
@@ -67,7 +71,10 @@ class ZOTrainer(Trainer):
         model.eval()
         optimizer: Any = self.optimizer
         self.engine.lr = float(optimizer.param_groups[0]["lr"])
-        return torch.tensor(self.engine.step(self._prepare_inputs(inputs)).loss)
+        return torch.tensor(self.engine.step(self._prepare_inputs(inputs)).loss, device=self.args.device)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing: the engine brings each block itself, and a model that is offloaded may not fit."""
 
     def prediction_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:
         """As Trainer's, with the last update applied and the blocks brought as they are needed."""
@@ -76,4 +83,6 @@ class ZOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, with the last update applied."""
         self.engine.flush()
-        super().save_model(output_dir, _internal_call)
+        target = output_dir or self.args.output_dir
+        assert target is not None
+        self._save(target, state_dict=self.engine.state_dict())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from isotone.distzo2.distributed import shard
+from isotone.distzo2.distributed import shard, to_device
 from isotone.distzo2.engine import ZOEngine, ZOStep
 from isotone.shared.checkpoint import CheckpointStore, load_latest
 from isotone.shared.errors import InputError, check_count
@@ -90,11 +88,6 @@ def train(
         engine.flush()
     history.seconds = time.perf_counter() - start
     return history
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _identity(engine: ZOEngine, data_id: str, schedule: Schedule) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def replay(
 
 
 def base_hash(model: nn.Module) -> str:
-    """A hash of the names, types, shapes and values of a model's trained tensors."""
+    """A hash of the numbers, types, shapes and values of a model's trained tensors."""
     digest = hashlib.sha256()
     for bucket in _single_buckets(model):
         entry = bucket.entries[0]

@@ -6,6 +6,7 @@ of the other forms. TRITON_INTERPRET=1 runs it without a GPU.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -169,6 +170,12 @@ if HAVE_TRITON:
                 _put(minus, p3, m3, w3, -(z3 * eps))
 
 
+@functools.lru_cache(64)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same numbers serve every block of a step: a copy that the host waits for is made once."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def advance(
     weights: Tensor,
     segments: list[Segment],
@@ -181,10 +188,10 @@ def advance(
     """`kernels.advance`, one launch a segment."""
     device = weights.device
     count = len(update.seeds) if update else 0
-    seeds = torch.tensor(update.seeds if update else (0,), dtype=torch.int64, device=device)
-    coefficients = torch.tensor(update.coefficients if update else (0.0,), dtype=torch.float32, device=device)
+    seeds = _on_device(update.seeds if update else (0,), torch.int64, device)
+    coefficients = _on_device(update.coefficients if update else (0.0,), torch.float32, device)
     scalars = {
-        decays: torch.tensor([update.decay if update and decays else 0.0, eps], dtype=torch.float32, device=device)
+        decays: _on_device((update.decay if update and decays else 0.0, eps), torch.float32, device)
         for decays in (False, True)
     }
     for segment in segments:

@@ -22,6 +22,8 @@ from isotone.distzo2.rng import Noise
 
 LOST = 0.5
 """The share of an update that rounding may swallow before a warning says so."""
+_SAMPLE = 1 << 20
+"""Elements that are looked at for it."""
 Stream = tuple[int, int]
 """A forward pass: its direction, and whether it is the first of the two losses or the second."""
 
@@ -137,7 +139,7 @@ class Weights:
     ) -> None:
         """The update with the first direction's perturbations in one pass, and a pass for each further direction."""
         segments = bucket.segments()
-        before = flat.clone() if update is not None and self._watches(flat) else None
+        before = flat[:_SAMPLE].clone() if update is not None and self._watches(flat) else None
         for direction in sorted({stream[0] for stream in outs}):
             kernels.advance(
                 *(flat, segments, self.noise, update),
@@ -151,7 +153,7 @@ class Weights:
         if update is not None:
             kernels.advance(flat, segments, self.noise, update, stochastic=self.config.stochastic_rounding)
         if before is not None:
-            self._warn(kernels.lost_updates(before, flat))
+            self._warn(kernels.lost_updates(before, flat[:_SAMPLE]))
 
     def _watches(self, flat: Tensor) -> bool:
         """Whether an update may be lost to rounding, and none has been looked at yet."""
