@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import contract
 import pytest
@@ -56,8 +57,53 @@ def test_lines_of_prompts_and_lora(folder):
     lines = [json.dumps({"prompt": f"What is {i}?", "completion": f" {i}."}) for i in range(20)]
     (folder / "lines.jsonl").write_text("\n".join(lines))
     options = ["--text", "lines.jsonl", "--steps", "2", "--batch", "2", "--context", "16", "--eps", "0.01"]
-    found = ran(folder, "train", "model", *options, "--lora", "2", "--estimator", "one_sided", "--directions", "2")
+    lora = ["--lora", "2", "--seeds", "5"]
+    found = ran(folder, "train", "model", *options, *lora, "--estimator", "one_sided", "--directions", "2")
     assert found["steps"] == 2 and list((folder / found["model"]).glob("adapter_model.*"))
+    # an adapter is read again, offloaded too, and replayed from the same first values
+    judge = ["--text", "lines.jsonl", "--batch", "2", "--context", "16"]
+    judged = ran(folder, "evaluate", found["model"], *judge)
+    assert judged["loss"] == pytest.approx(found["held-out loss"], rel=1e-5)
+    assert ran(folder, "evaluate", found["model"], *judge, "--offload", "cpu")["loss"] == judged["loss"]
+    steps = str(Path(found["model"]).parent / "trajectory.safetensors")
+    again = ran(folder, "replay", "model", "--trajectory", steps, *lora, "--out", "again")
+    replayed, trained = (load_model(folder / at["model"]).state_dict() for at in (again, found))
+    assert all(torch.equal(value, trained[name]) for name, value in replayed.items())
+    result = run_cli(app, ["replay", "model", "--trajectory", steps, "--lora", "2", "--seeds", "6"], folder)
+    assert result.code == 2 and "base model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line", [{"prompt": "", "completion": "a"}, {"prompt": "a", "completion": ""}, {"prompt": "", "completion": ""}]
+)
+def test_lines_that_ask_for_nothing_are_named(line, folder):
+    (folder / "lines.jsonl").write_text("\n".join(json.dumps(x) for x in [{"prompt": "a", "completion": "b"}, line]))
+    result = run_cli(app, ["evaluate", "model", "--text", "lines.jsonl", "--context", "16"], folder)
+    assert result.code == 2 and "line 2" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_ranks_without_a_word_on_what_they_share_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run_cli(app, [*TRAIN, "--steps", "2"], folder)
+    assert result.code == 2 and "--parallel" in result.stderr
+
+
+def test_a_tokenizers_own_marks(tmp_path):
+    """What begins a text stays before a prompt that is cut; what ends one does not stand before the completion."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from isotone.distzo2.texts import _PROMPT, _WHOLE, _Encoder, _tail
+
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}
+    made = Tokenizer(models.WordLevel(words, unk_token="c"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    encode = _Encoder(tmp_path, 5)
+    assert encode("a b") == [2, 3] and encode("a b", _WHOLE) == [0, 2, 3, 1] and encode("a b", _PROMPT) == [0, 2, 3]
+    assert _tail(encode("a b c", _PROMPT), 3, encode.first) == [0, 3, 4]
+    assert _tail([2, 3, 4], 2, None) == [3, 4]
 
 
 def test_label_words_of_a_causal_model(folder):

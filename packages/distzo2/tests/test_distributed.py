@@ -83,6 +83,36 @@ def test_a_loss_that_is_not_finite_skips_everyones_step(worlds):
     assert all(rank["not finite"] for rank in worlds[2])
 
 
+def test_a_rank_that_fails_is_not_waited_for(worlds, one):
+    """The step is nobody's; the ones after it are those of a run in which nothing failed."""
+    first, second = (rank["failing"] for rank in worlds[2])
+    assert "closure of rank 1" in second["words"] and "another rank failed" in first["words"]
+    assert "closure of rank 1" in second["evaluated"] and "another rank failed" in first["evaluated"]
+    assert first["grads"] == second["grads"] == [grad for (grad,) in worlds[2][0]["ddp"]["grads"][:3]]
+    assert first["loss"] == second["loss"] == 1.0
+
+
+def test_a_rank_that_fails_with_slices_stops_the_others(worlds):
+    first, second = (rank["failing sliced"] for rank in worlds[2])
+    assert "closure of rank 1" in second["words"] and "another rank" in first["words"]
+    assert first["after"] and second["after"]
+
+
+def test_ranks_that_find_other_checkpoints_say_so(worlds):
+    assert all("same checkpoint" in rank["unequal"] for rank in worlds[2])
+
+
+def test_no_more_than_four_blocks_are_there_with_slices(worlds):
+    """Section 7, item 10: three, and one more while exchanging."""
+    for rank in worlds[2]:
+        there = {}
+        for _, block, start, end in rank["places"]:
+            low, high = there.get(block, (start, end))
+            there[block] = min(low, start), max(high, end)
+        assert len(there) == 8
+        assert all(sum(low <= now < high for low, high in there.values()) <= 4 for now, _ in there.values())
+
+
 def test_blocks_that_differ_are_named(worlds):
     for rank in worlds[2]:
         assert "model.decoder.layers.1" in rank["differ"] and "layers.2" not in rank["differ"]
@@ -97,6 +127,7 @@ def test_refusals_of_ranks(worlds):
     assert all("got 3" in rank["2d of three"] for rank in worlds[3])
     assert all(rank["named"] == 2 for rank in worlds[4])
     assert all("without PertP" in rank["one-sided over both"] for rank in worlds[4])
+    assert all("n_directions of at least 2" in rank["few directions"] for rank in worlds[4])
     with pytest.raises(InputError, match="torchrun"):
         init_mesh()
     with pytest.raises(InputError, match="gloo"):

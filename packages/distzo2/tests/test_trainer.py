@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import models
 import pytest
 import torch
 
 from isotone.distzo2 import ZOConfig, ZOEngine, bench, reproduce
+from isotone.distzo2.loading import load_model
 from isotone.distzo2.offloading import beside_resident
 from isotone.distzo2.scales import SCALES
 from isotone.shared.cli import Run
@@ -50,18 +52,47 @@ def test_the_trainer_takes_the_engines_steps(tmp_path):
         engine.lr = 1e-2 * (1 - step / 3)
         engine.step(models.batch(rows=4))
     engine.flush()
-    made.engine.flush()
     # the trainer shuffles the rows of the batch: sums in another order
     torch.testing.assert_close(models.flat(ours), models.flat(other), rtol=1e-3, atol=1e-3)
     assert made.evaluate()["eval_loss"] == pytest.approx(float(other(**models.batch(rows=4)).loss), rel=1e-2)
     resumed = trainer(models.make(), tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    resumed.engine.flush()
     assert resumed.engine.steps == 3 and len(resumed.engine.trajectory) == 3
     assert resumed.engine.trajectory.seeds == made.engine.trajectory.seeds
     torch.testing.assert_close(models.flat(resumed.model), models.flat(ours), rtol=1e-3, atol=1e-3)
-    with pytest.raises(InputError, match="gradient_accumulation"):
-        trainer(models.make(), tmp_path, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation"),
+        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(options, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        trainer(models.make(), tmp_path, **options)
+
+
+def test_the_best_model_is_what_the_trainer_ends_with(tmp_path):
+    """Nothing that waited for the next step comes on top of it."""
+    options = dict(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    made = trainer(models.make(), tmp_path, **options, metric_for_best_model="loss", max_steps=4, learning_rate=0.2)
+    made.train()
+    best = made.state.best_model_checkpoint
+    wanted = models.make()
+    wanted.load_state_dict(load_model(Path(best)).state_dict())
+    assert torch.equal(models.flat(made.model), models.flat(wanted))
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-5)
+
+
+def test_the_trainers_bfloat16_is_the_forwards(tmp_path):
+    seen = []
+    made = trainer(models.make(), tmp_path, bf16=True, max_steps=1)
+    made.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    made.train()
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_the_authors_code_is_run_by_its_own_python(tmp_path):

@@ -102,6 +102,48 @@ def differ(rank):
     return words
 
 
+def failing(rank, offload):
+    """Rank 1's closure fails: rank 0 is told, and without slices both go on; g_t of the steps, and what was said."""
+    engine = ZOEngine(models.make(), ZOConfig(lr=1e-2, weight_decay=0.1, offload=offload), init_mesh())
+    grads = [engine.step(shard(batches(0), engine.ranks)).projected_grad]
+
+    def closure():
+        if rank == 1:
+            raise KeyError("closure of rank 1")
+        return model_loss(engine.model, shard(batches(1), engine.ranks))
+
+    words = said((KeyError, RankLostError), lambda: engine.step(closure))
+    if offload == "none":
+        grads += [engine.step(shard(batches(t), engine.ranks)).projected_grad for t in (1, 2)]
+        evaluated = said((KeyError, RankLostError), lambda: engine.evaluate(closure))
+        return {"words": words, "evaluated": evaluated, "grads": grads, "loss": engine.evaluate(lambda: (1.0, 2))}
+    return {"words": words, "after": said(RankLostError, lambda: engine.step(closure))}
+
+
+def unequal_checkpoints(rank, folder):
+    """Each rank finds another checkpoint: all say so."""
+    own = os.path.join(folder, f"unequal-{rank}")
+    engine = ZOEngine(models.make(), ZOConfig(lr=1e-2))
+    train(engine, batches, 1 + rank, folder=own)
+    shared = ZOEngine(models.make(), ZOConfig(lr=1e-2), init_mesh())
+    return said(InputError, lambda: train(shared, batches, 4, folder=own))
+
+
+def places(rank):
+    """Spans of a step with slices."""
+    engine = ZOEngine(
+        models.chain(dtype=torch.float32, layers=8),
+        ZOConfig(lr=1e-2, offload="cpu"),
+        init_mesh(),
+        objective=models.squared_error,
+    )
+    points = shard(models.points(dtype=torch.float32), engine.ranks)
+    engine.step(points)
+    spans = engine.link.record()
+    engine.step(points)
+    return [(span.lane, span.block, span.start, span.end) for span in spans]
+
+
 def other_weights(rank):
     model = models.make()
     if rank == 1:
@@ -132,6 +174,8 @@ def everything(rank, world, folder):
     if world == 2:
         found["first"] = run((1, 1, {}), folder, steps=1)
         found["not finite"], found["differ"], found["other"] = not_finite(rank), differ(rank), other_weights(rank)
+        found["failing"], found["unequal"] = failing(rank, "none"), unequal_checkpoints(rank, folder)
+        found["failing sliced"], found["places"] = failing(rank, "cpu"), places(rank)
         found["refused"] = said(InputError, lambda: init_mesh(pertp=2, ddp=2))
         found["refused pertp"] = said(InputError, lambda: init_mesh(pertp=3))
         found["odd"] = said(InputError, lambda: ZOEngine(models.make(), ZOConfig(slicing=True), init_mesh()))
@@ -141,6 +185,7 @@ def everything(rank, world, folder):
         found["2d of three"] = said(InputError, lambda: ZOEngine(models.make(), ZOConfig(parallel="2d")))
         found["resumed"] = resumed(os.path.join(folder, "elastic"), 6)
     if world == 4:
+        found["few directions"] = said(InputError, lambda: ZOEngine(models.make(), ZOConfig(), init_mesh(1, 2, 2)))
         found["one-sided over both"] = said(
             InputError,
             lambda: ZOEngine(models.make(), ZOConfig(estimator="one_sided", n_directions=2), init_mesh(2, 1, 2)),

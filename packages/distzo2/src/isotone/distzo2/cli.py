@@ -28,6 +28,8 @@ Batch = Annotated[int, Opt(help="rows a batch, over all ranks")]
 Words = Annotated[
     str, Opt(help="a causal model's words for classes 0, 1, ..., with commas, for lines of text and label")
 ]
+Lora = Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")]
+Offload = Annotated[str, Opt(help="where blocks rest: none, cpu or disk (in OUT/blocks)")]
 Context = Annotated[int, Opt(help="tokens a row at most")]
 
 
@@ -45,12 +47,13 @@ def train(
     directions: Annotated[int, Opt(help="directions a step")] = 1,
     estimator: Annotated[str, Opt(help="two_sided or one_sided")] = "two_sided",
     schedule: Annotated[str, Opt(help="constant or linear")] = "constant",
-    offload: Annotated[str, Opt(help="where blocks rest: none, cpu or disk (in OUT/blocks)")] = "none",
+    offload: Offload = "none",
     offload_dtype: Annotated[str, Opt(help="of blocks at rest: model, fp16, bf16 or fp32")] = "model",
     stochastic_rounding: Annotated[bool, Opt(help="of updates that are stored in half precision")] = False,
     parallel: Annotated[str, Opt(help="over torchrun's ranks: none, pertp, ddp or 2d")] = "none",
     check_every: Annotated[int, Opt(help="steps between comparisons of the ranks' weights; 0 for none")] = 0,
-    lora: Annotated[int, Opt(help="rank of LoRA factors that are trained alone; 0 trains the model")] = 0,
+    direction_ranks: Annotated[int, Opt(help="ranks that share the directions of a step")] = 1,
+    lora: Lora = 0,
     label_words: Words = "",
     checkpoint_every: Annotated[int, Opt(help="steps between checkpoints")] = 500,
 ) -> dict | None:
@@ -84,9 +87,10 @@ def train(
     with _ranks(parallel, device.resolve(run.device)) as where:
         made = load_model(model)
         corpus = corpus_of(text, model, made, batch, context, config.seed, _words(label_words))
-        made = _lora(made, lora) if lora else made
+        made = _lora(made, lora, config.seed, model) if lora else made
         made = made if offload != "none" else made.to(where)
-        engine = ZOEngine(made, config, objective=corpus.objective, device=where)
+        mesh = _mesh(parallel, direction_ranks, where)
+        engine = ZOEngine(made, config, mesh, objective=corpus.objective, device=where)
         first = engine.ranks.rank == 0
 
         def held_out(engine: ZOEngine) -> float:
@@ -106,7 +110,7 @@ def train(
                 evaluate_every=max(1, steps // 5),
                 on_step=lambda step: bar.advance(1, loss=round(step.loss, 4)),
             )
-        state = engine.state_dict()
+        state = engine.state_dict(rank0_only=True)
         if not first:
             return None  # one rank speaks
         _write_run(run, made, state, model, target, engine, history)
@@ -118,30 +122,47 @@ def train(
 
 @verb(app)
 def evaluate(
-    run: Run, model: Model, text: Text, batch: Batch = 16, context: Context = 128, label_words: Words = ""
+    run: Run,
+    model: Model,
+    text: Text,
+    batch: Batch = 16,
+    context: Context = 128,
+    offload: Offload = "none",
+    label_words: Words = "",
 ) -> dict:
     """Mean loss of a model on the last tenth of a file, which train holds out, and accuracy where it has classes."""
     import torch
 
+    from isotone.distzo2.config import ZOConfig
+    from isotone.distzo2.engine import ZOEngine
     from isotone.distzo2.loading import load_model
     from isotone.distzo2.texts import corpus_of
 
     check_count("--batch", batch)
     check_count("--context", context, 2)
     where = device.resolve(run.device)
-    made = load_model(model).to(where)
+    config = ZOConfig(offload=offload, disk_folder=run.out / "blocks")
+    made = load_model(model)
     corpus = corpus_of(text, model, made, batch, context, _one_seed(run), _words(label_words))
-    with torch.no_grad():
-        found = corpus.judge(made, lambda function: function(), where)
+    if offload == "none":
+        made.to(where)
+        with torch.no_grad():
+            found = corpus.judge(made, lambda function: function(), where)
+    else:
+        found = corpus.judge(made, ZOEngine(made, config, device=where).run, where)
     _write(run.out / "evaluation.json", found)
     return found
 
 
 @verb(app)
 def replay(
-    run: Run, model: Model, trajectory: Annotated[Path, Opt(help="a trajectory.safetensors that train wrote")]
+    run: Run,
+    model: Model,
+    trajectory: Annotated[Path, Opt(help="a trajectory.safetensors that train wrote")],
+    lora: Lora = 0,
 ) -> dict:
-    """Bring a base model to where a trajectory ends, bit for bit, and write it to OUT/model."""
+    """Bring a base model to where a trajectory ends, bit for bit, and write it to OUT/model; --lora and --seeds as in
+    train."""
     from isotone.distzo2.loading import load_model, save_model
     from isotone.distzo2.trajectory import load_trajectory
     from isotone.distzo2.trajectory import replay as bring
@@ -149,6 +170,7 @@ def replay(
     target = _target(model, run)
     steps = load_trajectory(trajectory)
     made = load_model(model)
+    made = _lora(made, lora, _one_seed(run), model) if lora else made
     with progress.bar("replay", None, run.silent) as bar:
 
         def shown(done: int, total: int) -> None:
@@ -234,6 +256,8 @@ def _ranks(parallel: str, where: str) -> Iterator[str]:
             raise InputError(f"expected ranks for --parallel {parallel}: launch it with torchrun")
         yield where
         return
+    if parallel == "none":
+        raise InputError(f"expected --parallel pertp, ddp or 2d for {world} ranks of torchrun, got none")
     import torch
     import torch.distributed as dist
 
@@ -271,14 +295,31 @@ def _save_plot(drawing: Any, path: Path) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def _lora(model: Any, rank: int) -> Any:
+def _mesh(parallel: str, direction_ranks: int, where: str) -> Any:
+    """The mesh with directions over ranks; None for what the config's word says."""
+    from isotone.distzo2.distributed import init_mesh
+
+    check_count("--direction-ranks", direction_ranks)
+    if direction_ranks == 1:
+        return None
+    if parallel not in ("ddp", "2d"):
+        raise InputError(f"expected --parallel ddp or 2d with --direction-ranks, got {parallel!r}")
+    return init_mesh(2 if parallel == "2d" else 1, "rest", direction_ranks, where)
+
+
+def _lora(model: Any, rank: int, seed: int, source: Path) -> Any:
     check_count("--lora", rank)
     try:
         import peft
     except ImportError:
         raise InputError("expected peft for --lora, found none: install isotone-distzo2[peft]") from None
+    import torch
+
+    torch.manual_seed(seed)  # of the factors' first values: a replay draws the same
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, task_type=_task(model))
-    return peft.get_peft_model(model, config).eval()
+    found = peft.get_peft_model(model, config).eval()
+    found.peft_config["default"].base_model_name_or_path = str(source.resolve())
+    return found
 
 
 def _task(model: Any) -> str:

@@ -29,10 +29,11 @@ class ZOConfig:
     `rng`: "philox", counter-based, or "torch", the reference's generator. `seed`: of the run; step seeds follow.
     `offload`: where blocks rest, "none" (the device), "cpu" (pinned if there is a GPU), "disk" (`disk_folder`, mmap).
     `blocks`: the name of the list of layers, or "auto". `working_dtype`: of the forward passes; `offload_dtype`: of the
-    blocks at rest and on the link (fp32 below a half-precision working type makes it the master copy); None keeps the
-    model's. `stochastic_rounding`: of updates that are stored in half precision. `overlap`: move blocks while another
-    computes. `slicing`: each rank moves 1/n of a block; "auto" where several ranks offload. `parallel`: the mesh that
-    is made where none is given. `check_every`: steps between comparisons of all ranks' weights, 0 for none.
+    blocks at rest and on the link, and of all trained weights as they are stored, so that no result depends on what
+    moves (fp32 below a half-precision working type makes it the master copy); None keeps the model's.
+    `stochastic_rounding`: of updates that are stored in half precision. `overlap`: move blocks while another computes.
+    `slicing`: each rank moves 1/n of a block; "auto" where several ranks offload. `parallel`: the mesh that is made
+    where none is given. `check_every`: steps between comparisons of all ranks' weights, 0 for none.
     """
 
     lr: float = 1e-6
@@ -97,7 +98,9 @@ def check_deterministic(model: torch.nn.Module) -> None:
         if not module.training:
             continue
         dropout = getattr(module, "p", 0.0) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else 0.0
-        rates = [getattr(module, rate, 0.0) for rate in ("dropout", "attention_dropout", "activation_dropout")]
+        rates = [
+            getattr(module, rate, 0.0) for rate in ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+        ]
         active = max([dropout, *(rate for rate in rates if isinstance(rate, float))], default=0.0)
         if active > 0:
             raise InputError(f"expected model.eval(): {name or 'the model'} is in train mode with dropout {active:g}")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from isotone.shared.errors import InputError, check_count
 
+T = TypeVar("T")
+
 
 class RankLostError(RuntimeError):
-    """Another rank ended or did not answer: this one cannot go on."""
+    """Another rank failed, ended or did not answer: this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,11 @@ class Wire:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.scalar_bytes = 0
-        # blocks travel from a thread of their own, and so in a group of their own
-        self.blocks: Any = dist.new_group() if ranks.group is not None else None
+        # blocks travel from a thread of their own, and so in a group of their own; both can be left
+        several = ranks.group is not None
+        self.blocks: Any = dist.new_group() if several else None
+        self.scalars: Any = dist.new_group() if several else None
+        self._left = False
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, in fp64; the same bits on every rank.
@@ -124,12 +130,45 @@ class Wire:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self._device)
         self.scalar_bytes += sums.numel() * sums.element_size()
-        self._collective(lambda: dist.all_reduce(sums, group=self.ranks.group))
+        self._collective(lambda: dist.all_reduce(sums, group=self.scalars))
         return sums.tolist()
+
+    def hang_up(self) -> None:
+        """Leave the groups for good: ranks that wait for this one stop (gloo closes its connections)."""
+        if self.ranks.group is None or self._left:
+            return
+        self._left = True
+        groups, self.blocks, self.scalars = (self.blocks, self.scalars), None, None
+        for group in groups:
+            dist.destroy_process_group(group)
+
+    def together(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives, if no rank's fails; all ranks call it.
+
+        Raises this rank's own error, or `RankLostError` where another failed.
+        """
+        try:
+            value = attempt()
+        except RankLostError:
+            raise
+        except Exception:
+            with suppress(RankLostError):
+                self._failures(1)
+            raise
+        if self._failures(0):
+            raise RankLostError(f"rank {self.ranks.rank} of {self.ranks.world} stops: another rank failed")
+        return value
+
+    def _failures(self, mine: int) -> int:
+        if self.ranks.group is None:
+            return mine
+        count = torch.tensor(mine, device=self._device)
+        self._collective(lambda: dist.all_reduce(count, group=self.scalars))
+        return int(count)
 
     def gather(self, whole: Tensor, own: Tensor) -> int:
         """Fill `whole` with every rank's `own` slice, in rank order; returns the bytes received."""
-        if self.blocks is None:
+        if self.ranks.group is None:
             whole.copy_(own)
             return 0
         raw, part = whole.view(torch.uint8), own.contiguous().view(torch.uint8)
@@ -141,8 +180,8 @@ class Wire:
         if self.ranks.group is None:
             return []
         low, high = sums.clone().to(self._device), sums.clone().to(self._device)
-        self._collective(lambda: dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.ranks.group))
-        self._collective(lambda: dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.ranks.group))
+        self._collective(lambda: dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.scalars))
+        self._collective(lambda: dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.scalars))
         return (low != high).nonzero().flatten().tolist()
 
     def from_first(self, value: int) -> int:
@@ -150,7 +189,7 @@ class Wire:
         if self.ranks.group is None:
             return value
         held = torch.tensor(value, device=self._device)
-        self._collective(lambda: dist.broadcast(held, 0, group=self.ranks.group))
+        self._collective(lambda: dist.broadcast(held, 0, group=self.scalars))
         return int(held)
 
     @property
@@ -158,6 +197,8 @@ class Wire:
         return "cuda" if "nccl" in dist.get_backend() else "cpu"
 
     def _collective(self, send: Any) -> None:
+        if self._left:
+            raise RankLostError(f"rank {self.ranks.rank} of {self.ranks.world} stops: it failed before, and left")
         try:
             send()
         except torch.OutOfMemoryError:

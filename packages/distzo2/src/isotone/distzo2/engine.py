@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -94,6 +95,7 @@ class ZOEngine:
         self.config = config = config or ZOConfig()
         check_deterministic(model)
         self.model, self.objective = model, objective
+        self._homes = {id(p): (p.device, p.dtype) for p in model.parameters()}
         self.device = _device(model, config, device)
         self.ranks = ranks_of(mesh if mesh is not None else mesh_for(config.parallel, self.device.type))
         self.wire = Wire(self.ranks)
@@ -101,8 +103,8 @@ class ZOEngine:
         self.layout = lay_out(model, config.blocks, slices)
         self._streams = self._own_streams()
         self.noise = self._noise()
-        self.seed = self.wire.from_first(config.seed)
         self._refuse_other_weights()
+        self.seed = self.wire.from_first(config.seed)
         self.trajectory = self._new_trajectory()
         self.lr = config.lr
         self.link = link or self._link()
@@ -126,12 +128,11 @@ class ZOEngine:
         A batch comes to the engine's device. The closure runs once for each perturbation and calls the model as it
         likes; what it returns need not be differentiable. Where ranks hold slices all closures must call the model
         equally often: one that generates texts of any length needs `slicing=False`. The rate is `self.lr` of now, also
-        where the update comes later.
+        where the update comes later. Where a rank's closure fails, it raises its error and the others `RankLostError`;
+        the step is nobody's, and without slices all can go on.
         """
         seeds = tuple(rng.step_seed(self.seed, self.steps, k) for k in range(self.config.n_directions))
-        function = self._function(batch)
-        losses = [as_loss(value) for value in self._forward([function] * len(self._streams), seeds)]
-        found = self._combine(losses, seeds)
+        found = self._combine(self._losses(batch, seeds), seeds)
         lr = 0.0 if found.skipped else self.lr
         self.trajectory.append(seeds, found.projected_grads, lr)
         self.pending = make_update(seeds, found.projected_grads, lr, self.config.weight_decay)
@@ -144,11 +145,10 @@ class ZOEngine:
     @torch.no_grad()
     def flush(self) -> None:
         """Apply the update that waits for the next step: afterwards the weights are theta_t."""
-        if self.pending is None:
-            return
-        self.weights.begin(self.pending, ())
-        self.pipeline.begin(self.pending)
-        self._settle()
+        if self.pending is not None:
+            self._begin(())
+        if self.pipeline.due:
+            self._settle()
 
     @torch.no_grad()
     def run(self, function: Callable[[], T]) -> T:
@@ -156,6 +156,7 @@ class ZOEngine:
 
         Where ranks hold slices, all of them must call the model equally often.
         """
+        self._refuse_dropout()
         self.flush()
         self.weights.begin(None, ())
         (value,) = self._through([function], self._load_clean, self._select_clean)
@@ -163,10 +164,10 @@ class ZOEngine:
 
     def evaluate(self, batch: Any) -> float:
         """The mean loss of this rank's `batch` (or closure), over the data shards of all ranks."""
-        function = self._function(batch)
-        loss, count = as_loss(self.run(function))
+        with self._together(2):
+            loss, count = as_loss(self.run(self._function(batch)))
         speaks = self.ranks.counts_terms and count > 0
-        total, terms = self.wire.sum([loss * count, float(count)] if speaks else [0.0, 0.0])
+        total, terms = self._sum([loss * count, float(count)] if speaks else [0.0, 0.0])
         return total / terms if terms else math.nan
 
     def generate(self, *arguments: Any, **options: Any) -> Tensor:
@@ -174,27 +175,44 @@ class ZOEngine:
         generate: Any = self.model.generate
         return self.run(partial(generate, *arguments, **options))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's state as `model.state_dict()` names it, on the CPU, with the last update. All ranks call it."""
+    def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """The model's state as `model.state_dict()` names it, on the CPU, with the last update, as it is stored.
+
+        All ranks call it; with `rank0_only` rank 0 alone keeps what it finds, and the others get nothing.
+        """
         self.flush()
-        found: dict[str, Tensor] = {}
-        tensors = self._tensors()
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            held = tensors.get(id(value))
-            found[name] = (value.detach() if held is None else held).cpu().clone()
-        return found
+        keeps = self.ranks.rank == 0 or not rank0_only
+        held: dict[int, Tensor] = {}
+        for unit in self._unit_tensors():
+            if keeps:
+                held |= {number: value.to("cpu", copy=True) for number, value in unit.items()}
+        if not keeps:
+            return {}
+        state = self.model.state_dict(keep_vars=True)
+        return {
+            name: held[id(value)] if id(value) in held else value.detach().to("cpu", copy=True)
+            for name, value in state.items()
+        }
+
+    def trained_units(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What stays, then block after block: its name, and its trained tensors by name, on the CPU as they are stored.
+
+        A checkpoint needs no more room than a block. The tensors are the engine's own until the next one is asked for.
+        All ranks go through all of it.
+        """
+        self.flush()
+        units = [self.layout.resident, *self.layout.blocks]
+        for unit, tensors in zip(units, self._unit_tensors(), strict=True):
+            entries = [entry for bucket in unit.buckets if bucket.trainable for entry in bucket.entries]
+            yield unit.name, {entry.name: tensors[id(entry.parameters[0])].cpu() for entry in entries}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The trained tensors alone, by name, as they are stored: what a checkpoint needs. All ranks call it."""
-        self.flush()
-        tensors = self._tensors()
-        units = [*self.layout.blocks, self.layout.resident]
-        entries = [entry for unit in units for bucket in unit.buckets if bucket.trainable for entry in bucket.entries]
-        entries.sort(key=lambda entry: entry.number)
-        return {entry.name: tensors[id(entry.parameters[0])].cpu().clone() for entry in entries}
+        """The trained tensors alone, by name in the model's order, as they are stored. All ranks call it."""
+        found = {name: value.clone() for _, unit in self.trained_units() for name, value in unit.items()}
+        return {name: found[name] for name in self.layout.trained}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of `state_dict` or `trained_state`; what waits for the next step is forgotten.
 
         Raises `InputError` where a trained tensor is missing or of another shape; nothing is changed then.
@@ -207,20 +225,25 @@ class ZOEngine:
             if state[name].shape != entry.shape:
                 raise InputError(f"expected {name} of shape {tuple(entry.shape)}, got {tuple(state[name].shape)}")
         self.pending = None
+        self.pipeline.begin(None)
         self.pipeline.load(state)
         self.weights.load(state)
 
     def close(self) -> None:
-        """Apply what waits and let go of the model: it holds its weights itself, in full, and can be used without us.
+        """Apply what waits and let go of the model: it holds its weights itself and can be used without us.
 
-        All ranks call it where they hold slices.
+        Every parameter is again where it was, in the type that it had (`state_dict` keeps a master copy of another
+        type). All ranks call it where they hold slices.
         """
         self.flush()
-        tensors = self._tensors()
-        for parameter in self.model.parameters():
-            if id(parameter) in tensors:
-                # a block that rested on the host stays there: all of them may not fit the device
-                parameter.data = tensors[id(parameter)].clone()
+        units = [self.layout.resident, *self.layout.blocks]
+        for unit, tensors in zip(units, self._unit_tensors(), strict=True):
+            for entry in (entry for bucket in unit.buckets for entry in bucket.entries):
+                device, dtype = self._homes[id(entry.parameters[0])]
+                value = tensors[id(entry.parameters[0])].to(device, dtype, copy=True)
+                for parameter in entry.parameters:
+                    parameter.data = value
+        self.weights.move_buffers_back()
         for hook in self._hooks:
             hook.remove()
 
@@ -239,12 +262,49 @@ class ZOEngine:
 
     # --- the step ---------------------------------------------------------------------------------------
 
-    def _forward(self, functions: Sequence[Callable[[], Any]], seeds: tuple[int, ...]) -> list[Any]:
-        """Results of this rank's forward passes, with the update of the last step applied on the way."""
-        self.pipeline.begin(self.pending)
-        self.pipeline.ahead(-1)
+    def _losses(self, batch: Any, seeds: tuple[int, ...]) -> list[tuple[float, int]]:
+        """What this rank's forward passes found, with the update of the last step applied on the way."""
+        with self._together(2 * self.config.n_directions + 1):
+            self._refuse_dropout()
+            functions = [self._function(batch)] * len(self._streams)
+            if self.pipeline.due:
+                self._settle()  # what a failure left
+            self._begin(seeds)
+            return [as_loss(value) for value in self._through(functions, partial(self._load, seeds), self._select)]
+
+    def _begin(self, seeds: tuple[int, ...]) -> None:
+        """Update what stays and, from now on, each block as it comes: from here the update is the pipeline's."""
         self.weights.begin(self.pending, seeds)
-        return self._through(functions, partial(self._load, seeds), self._select)
+        self.pipeline.begin(self.pending)
+        self.pending = None
+
+    def _refuse_dropout(self) -> None:
+        if self.model.training:
+            check_deterministic(self.model)
+
+    @contextmanager
+    def _together(self, numbers: int) -> Iterator[None]:
+        """Where this rank fails, the others, who wait in a sum of so many `numbers`, are told (NaN for the terms)."""
+        try:
+            yield
+        except RankLostError:
+            raise
+        except Exception:
+            if self.pipeline.slices > 1:
+                self.wire.hang_up()
+            elif self.ranks.group is not None:
+                with suppress(RankLostError):
+                    self.wire.sum([0.0] * (numbers - 1) + [math.nan])
+            raise
+
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, of which the last is a count. Raises `RankLostError` where a rank failed."""
+        sums = self.wire.sum(values)
+        if math.isnan(sums[-1]):
+            raise RankLostError(
+                f"rank {self.ranks.rank} of {self.ranks.world} stops: another rank failed in this step, which is undone"
+            )
+        return sums
 
     def _function(self, batch: Any) -> Callable[[], Any]:
         if callable(batch):
@@ -264,8 +324,12 @@ class ZOEngine:
         except RankLostError:
             raise  # what is left to do would wait for that rank
         except BaseException:
-            # a closure that fails must not leave half an update behind
-            self._settle()
+            # what was interrupted may have left a turn too many
+            self._lockstep = Lockstep()
+            if self.pipeline.slices > 1:
+                self.wire.hang_up()  # others wait for slices, nobody knows how many
+            else:
+                self._settle()  # a closure that fails must not leave half an update behind
             raise
         self._settle()
         return values
@@ -275,13 +339,13 @@ class ZOEngine:
         self.pipeline.drain()
         self.pipeline.rest_again()
         self.weights.point_rest()
-        self.pending = None
 
     def _load(self, seeds: tuple[int, ...], block: int) -> None:
         buckets, update = self.pipeline.hold(block)
         self._started = time.perf_counter()
-        self._changed = update is not None
         self.weights.perturb(block, buckets, update, seeds)
+        self._changed = update is not None
+        self.pipeline.updated(block)
 
     def _load_clean(self, block: int) -> None:
         buckets, _ = self.pipeline.hold(block)
@@ -324,7 +388,7 @@ class ZOEngine:
         for (direction, sign), (loss, count) in zip(self._streams, losses, strict=True):
             values[2 * direction + sign] += loss * count
         values[-1] = float(losses[0][1]) if losses and self.ranks.counts_terms else 0.0
-        *sums, terms = self.wire.sum(values)
+        *sums, terms = self._sum(values)
         if terms == 0:
             raise InputError("expected labels that are asked for, got -100 everywhere")
         means = [value / terms for value in sums]
@@ -345,7 +409,7 @@ class ZOEngine:
         if one_sided and self.ranks.direction_size > 1 and self.ranks.sign_size > 1:
             raise InputError("expected a mesh without PertP for one-sided directions over ranks, got both")
         mine = self.ranks.streams(self.config.n_directions, self.config.signs)
-        if not mine:
+        if self.config.n_directions < self.ranks.direction_size:
             raise InputError(
                 f"expected n_directions of at least {self.ranks.direction_size}, one a rank of the mesh's direction, "
                 f"got {self.config.n_directions}"
@@ -379,6 +443,8 @@ class ZOEngine:
     def _refuse_other_weights(self) -> None:
         """Before anything is cut into slices."""
         units = [*self.layout.blocks, self.layout.resident]
+        if self.wire.differing(torch.tensor([len(units), sum(self.layout.sizes)])):
+            raise InputError("expected the same model on all ranks, got others of other blocks or trained sizes")
         sums = [_unit_sum([e.parameters[0] for bucket in unit.buckets for e in bucket.entries]) for unit in units]
         if differing := self.wire.differing(torch.tensor(sums)):
             names = ", ".join(units[number].name for number in differing)
@@ -392,13 +458,14 @@ class ZOEngine:
         found: Int[Tensor, " units"] = torch.tensor(sums)
         return [names[number] for number in self.wire.differing(found)]
 
-    def _tensors(self) -> dict[int, Tensor]:
-        """Every parameter's value by its id, whole."""
-        found = self.weights.tensors()
+    def _unit_tensors(self) -> Iterator[dict[int, Tensor]]:
+        """Every parameter's value by its id, whole: what stays, then block after block."""
+        yield self.weights.tensors()
         for number, unit in enumerate(self.layout.blocks):
+            found: dict[int, Tensor] = {}
             for bucket, flat in zip(unit.buckets, self.pipeline.whole_at_rest(number), strict=True):
                 found |= bucket.values(flat)
-        return found
+            yield found
 
 
 def _unit_sum(tensors: Sequence[Tensor]) -> int:

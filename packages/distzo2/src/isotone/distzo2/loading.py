@@ -12,14 +12,18 @@ import torch
 
 from isotone.shared.errors import InputError
 
+_ADAPTER = "adapter_config.json"
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """The causal or classification model in `folder`, as its config says, in eval mode.
+    """The causal or classification model in `folder`, as its config says, in eval mode; with an adapter of peft where
+    `folder` holds one, which alone is trainable then.
 
     Raises `InputError` where there is none, where weights are missing or where one is NaN.
     """
+    if (folder / _ADAPTER).is_file():
+        return _with_adapter(folder, dtype)
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -38,6 +42,21 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
         if not bool(parameter.isfinite().all()):
             raise InputError(f"expected finite weights, got NaN or infinity in {name}")
     return model.eval()
+
+
+def _with_adapter(folder: Path, dtype: str | torch.dtype) -> Any:
+    """The model that an adapter's config names, with the adapter."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"expected peft for the adapter in {str(folder)!r}: install isotone-distzo2[peft]") from None
+    with reading(folder):
+        base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base or not Path(base).is_dir():
+        raise InputError(f"expected the adapter's base model at {base!r}, named in {str(folder / _ADAPTER)!r}")
+    model = load_model(Path(base), dtype)
+    with reading(folder):
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
 
 
 def config_of(folder: Path) -> Any:

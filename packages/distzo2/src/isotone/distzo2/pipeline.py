@@ -25,6 +25,7 @@ from isotone.distzo2.kernels import Update
 from isotone.distzo2.layout import Bucket, Unit
 from isotone.distzo2.link import Link, Ticket, copy
 from isotone.distzo2.rng import Noise
+from isotone.shared.errors import InputError
 
 PLACES = 3
 """One is computed, one on its way in, one on its way out; with slices a fourth is being gathered."""
@@ -68,7 +69,7 @@ class Pipeline:
         self.blocks, self.config, self.device = blocks, config, device
         self.link, self.wire, self.slices, self.noise = link, wire, slices, noise
         self.offloads = config.offload != "none"
-        self.rest = [[self._at_rest(i, j, b) for j, b in enumerate(unit.buckets)] for i, unit in enumerate(blocks)]
+        self.rest = [self._laid_down(number, unit) for number, unit in enumerate(blocks)]
         self._room = [self._buffers() for _ in range(PLACES + (slices > 1))] if self.offloads else []
         self._places = [Place([], []) for _ in self._room]
         self.rest_again()
@@ -109,16 +110,24 @@ class Pipeline:
             self._exchange(place, block, up)
 
     def hold(self, block: int) -> tuple[list[Tensor], Update | None]:
-        """The whole buckets of a block on the device, and the update that the caller must apply to them, if any."""
+        """The whole buckets of a block on the device, and the update that the caller must apply to them, if any.
+
+        When it is applied the caller says so by `updated`.
+        """
         if not self.offloads:
-            return self.rest[block], self._take(block)
+            return self.rest[block], self._update if block in self._due else None
         self._held.add(block)
         self.fetch(block)
         place = self._place_of(block)
         assert place is not None and place.ready is not None
         place.ready.wait()
         self.ahead(block)
-        return place.whole, None if self.slices > 1 else self._take(block)
+        return place.whole, self._update if block in self._due and self.slices == 1 else None
+
+    def updated(self, block: int) -> None:
+        """The update that `hold` gave is applied."""
+        if self.slices == 1:
+            self._due.discard(block)
 
     def release(self, block: int, changed: bool) -> None:
         """Let a block go; it is offloaded if the caller `changed` it."""
@@ -141,6 +150,7 @@ class Pipeline:
             whole, update = self.hold(block)
             if update:
                 self.advance(block, whole, update)
+                self.updated(block)
             self.release(block, changed=update is not None)
 
     def advance(self, block: int, buckets: list[Tensor], update: Update) -> None:
@@ -156,6 +166,8 @@ class Pipeline:
                 assert place.ready is not None
                 place.ready.wait()
                 self.release(place.block, changed=False)
+        for ticket in self._leaving.values():
+            ticket.wait()  # a thread's error is raised here
         self._leaving.clear()
         self.link.finish()
 
@@ -192,12 +204,6 @@ class Pipeline:
         # the one that has been free for longest: what leaves it is likeliest to have left
         return min(free, key=lambda i: self._places[i].freed)
 
-    def _take(self, block: int) -> Update | None:
-        if block not in self._due:
-            return None
-        self._due.discard(block)
-        return self._update
-
     def _place_of(self, block: int) -> Place | None:
         return next((place for place in self._places if place.block == block), None)
 
@@ -209,7 +215,8 @@ class Pipeline:
 
     def _exchange(self, place: Place, block: int, up: Ticket) -> None:
         """Update this rank's slices, send them back, and gather the whole from all ranks."""
-        update = self._take(block)
+        update = self._update if block in self._due else None
+        self._due.discard(block)
         if update is not None:
             up = self.link.submit("exchange", block, partial(self._advance_slices, block, place.slices, update), [up])
             place.before.append(self._offload(place, block, up))
@@ -237,6 +244,15 @@ class Pipeline:
         ticket = self.link.submit("offload", block, partial(_copies, targets, sources), [after])
         self._leaving[block] = ticket
         return ticket
+
+    def _laid_down(self, number: int, unit: Unit) -> list[Tensor]:
+        """A block's buckets at rest; its parameters let go of what they held, so that one block is there twice."""
+        found = []
+        for place, bucket in enumerate(unit.buckets):
+            resting = self._at_rest(number, place, bucket)
+            bucket.point(resting if self.slices == 1 else _missing(bucket.size, resting.dtype))
+            found.append(resting)
+        return found
 
     def _at_rest(self, block: int, number: int, bucket: Bucket) -> Tensor:
         """A bucket filled with the parameters' values, where it rests: this rank's slice of it."""
@@ -301,10 +317,14 @@ def _on_disk(config: ZOConfig, name: str, dtype: torch.dtype, size: int) -> Tens
     folder.mkdir(parents=True, exist_ok=True)
     # a file of this engine alone, whatever else uses the folder; its room is free again when nothing maps it
     handle, path = tempfile.mkstemp(".bin", f"{name}-", folder)
-    os.close(handle)
     try:
+        # a file with holes would end the process where the disk is full
+        os.posix_fallocate(handle, 0, max(1, size * dtype.itemsize))
         return torch.from_file(path, shared=True, size=size, dtype=dtype)
+    except OSError as error:
+        raise InputError(f"expected room for the blocks in {str(folder)!r}: {error.strerror}") from None
     finally:
+        os.close(handle)
         os.unlink(path)
 
 

@@ -73,7 +73,7 @@ def corpus_of(
     """
     if length > (most := getattr(model.config, "max_position_embeddings", None) or length):
         raise InputError(f"expected a context of at most the model's {most} positions, got {length}")
-    encode = _encoder(folder, model.config.vocab_size)
+    encode = _Encoder(folder, model.config.vocab_size)
     digest = hashlib.sha256(_read(path).encode()).hexdigest()
     data_id = f"{digest[:16]} {rows} {length} {seed}"
     if path.suffix == ".jsonl":
@@ -107,7 +107,7 @@ def _pad_token(model: Any, rows: int) -> int:
     return 0
 
 
-def _words(words: Sequence[str], encode: Callable[[str], list[int]]) -> tuple[int, ...]:
+def _words(words: Sequence[str], encode: _Encoder) -> tuple[int, ...]:
     """The token of each label word."""
     found = []
     for word in words:
@@ -177,26 +177,28 @@ def _padded(examples: Sequence[Example], pad: int) -> Batch:
     }
 
 
-def _example(
-    line: str, number: int, path: Path, encode: Callable[[str], list[int]], length: int, prompts: bool
-) -> Example:
+def _example(line: str, number: int, path: Path, encode: _Encoder, length: int, prompts: bool) -> Example:
     try:
         item = json.loads(line)
         if "label" in item:
-            ids = encode(str(item["text"]))
+            ids = encode(str(item["text"]), _PROMPT if prompts else _WHOLE)
             if not ids:
                 raise ValueError
             # a prompt ends in what asks for the class
-            return ids[-length:] if prompts else ids[:length], int(item["label"])
-        asked, answer = encode(str(item["prompt"])), encode(str(item["completion"]))
+            return _tail(ids, length, encode.first) if prompts else ids[:length], int(item["label"])
+        asked, answer = encode(str(item["prompt"]), _PROMPT), encode(str(item["completion"]))
     except InputError:
         raise
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"expected prompt and completion, or text and label, on line {number} of {str(path)!r}"
         ) from None
+    if not answer or len(asked) + len(answer) < 2:
+        raise InputError(
+            f"expected a completion after another token on line {number} of {str(path)!r}, got nothing to ask for"
+        )
     # what does not fit is cut off the prompt's beginning
-    asked = asked[max(0, len(asked) + len(answer) - length) :]
+    asked = _tail(asked, max(1, length - len(answer)), encode.first)
     return (asked + answer)[:length], ([IGNORED] * len(asked) + answer)[:length]
 
 
@@ -211,19 +213,43 @@ def _read(path: Path) -> str:
         raise InputError(f"expected UTF-8 text in {str(path)!r}") from None
 
 
-def _encoder(folder: Path, vocab_size: int) -> Callable[[str], list[int]]:
-    """The folder's tokenizer or, where it has none, one byte a token."""
-    tokenizer: Any = None
-    if any(folder.glob("tokenizer*")):
-        from transformers import AutoTokenizer
+def _tail(ids: list[int], most: int, first: int | None) -> list[int]:
+    """The last `most` tokens; a token that begins every text stays at the beginning."""
+    if len(ids) <= most:
+        return ids
+    return [first, *ids[len(ids) - most + 1 :]] if first is not None and ids[0] == first else ids[len(ids) - most :]
 
-        with reading(folder):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def encode(text: str) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else list(text.encode())
-        if ids and max(ids) >= vocab_size:
-            raise InputError(f"expected token ids below the model's {vocab_size}, got {max(ids)}; give it a tokenizer")
-        return list(ids)
+_WHOLE, _PROMPT = "whole", "prompt"
 
-    return encode
+
+class _Encoder:
+    """The folder's tokenizer or, where it has none, one byte a token. `first`: the token that begins a text, if any."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self._vocab_size, self._tokenizer, self.first = vocab_size, None, None
+        if any(folder.glob("tokenizer*")):
+            from transformers import AutoTokenizer
+
+            with reading(folder):
+                tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer, self.first = tokenizer, tokenizer.bos_token_id
+
+    def __call__(self, text: str, kind: str = "") -> list[int]:
+        """The tokens of a piece of text; those that the tokenizer puts around a whole text, or before a prompt."""
+        if self._tokenizer is None:
+            ids = list(text.encode())
+        else:
+            ids = list(self._tokenizer(text, add_special_tokens=bool(kind))["input_ids"])
+            # what follows a prompt is not after its end
+            ends = (
+                kind == _PROMPT
+                and len(ids) > 1
+                and ids[-1] in (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
+            )
+            ids = ids[:-1] if ends else ids
+        if ids and max(ids) >= self._vocab_size:
+            raise InputError(
+                f"expected token ids below the model's {self._vocab_size}, got {max(ids)}; give it a tokenizer"
+            )
+        return ids

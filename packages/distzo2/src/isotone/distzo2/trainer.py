@@ -43,9 +43,10 @@ class EngineOptimizer(torch.optim.Optimizer):
 class ZOTrainer(Trainer):
     """`Trainer` that needs no backward pass. `config`: of the engine, whose rate is `args.learning_rate`.
 
-    The model is in eval mode while it trains: dropout would make the two forwards two functions. Raises `InputError`
-    for gradient accumulation (a larger batch costs no more memory for activations that are not kept) and for several
-    processes, whose data Trainer would deal out without regard to the mesh.
+    The model is in eval mode while it trains: dropout would make the two forwards two functions. `args.bf16` is the
+    forwards' autocast. After `train` the weights are whole. Raises `InputError` for gradient accumulation (a larger
+    batch costs no more memory for activations that are not kept), for several processes, whose data Trainer would deal
+    out without regard to the mesh, and for arguments that a step without a backward pass has no use for.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, config: ZOConfig | None = None, **options: Any):
@@ -54,10 +55,19 @@ class ZOTrainer(Trainer):
             raise InputError(f"expected gradient_accumulation_steps of 1, got {given}; take larger batches")
         if args.world_size > 1:
             raise InputError(f"expected one process for ZOTrainer, got {args.world_size}; `training.train` has ranks")
+        if args.n_gpu > 1:
+            raise InputError(f"expected one GPU for ZOTrainer, got {args.n_gpu}; name it in CUDA_VISIBLE_DEVICES")
+        _refuse_unused(args, options)
         args.max_grad_norm = 0.0
         super().__init__(model=model, args=args, **options)
         self.accelerator.device_placement = False
-        self.engine = ZOEngine(model.eval(), config)
+        self.engine = ZOEngine(model.eval(), config, device=args.device if args.use_cpu else None)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As Trainer's, with the last update applied."""
+        found = super().train(*arguments, **options)
+        self.engine.flush()
+        return found
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """The optimizer through which the scheduler sets the engine's rate."""
@@ -71,7 +81,14 @@ class ZOTrainer(Trainer):
         model.eval()
         optimizer: Any = self.optimizer
         self.engine.lr = float(optimizer.param_groups[0]["lr"])
-        return torch.tensor(self.engine.step(self._prepare_inputs(inputs)).loss, device=self.args.device)
+        with self.compute_loss_context_manager():
+            found = self.engine.step(self._prepare_inputs(inputs))
+        return torch.tensor(found.loss, device=self.args.device)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's: nothing that waits comes on top of it."""
+        self.engine.flush()
+        super()._load_best_model()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing: the engine brings each block itself, and a model that is offloaded may not fit."""
@@ -86,3 +103,20 @@ class ZOTrainer(Trainer):
         target = output_dir or self.args.output_dir
         assert target is not None
         self._save(target, state_dict=self.engine.state_dict())
+
+
+def _refuse_unused(args: TrainingArguments, options: dict[str, Any]) -> None:
+    """Raise `InputError` for what Trainer offers and a zeroth-order step would pass over in silence."""
+    if args.fp16:
+        raise InputError("expected fp16=False: there is no gradient to scale; load the model in float16, or take bf16")
+    if args.weight_decay:
+        raise InputError(f"expected weight_decay in ZOConfig, got {args.weight_decay} in the arguments")
+    if args.label_smoothing_factor:
+        raise InputError(f"expected label_smoothing_factor of 0, got {args.label_smoothing_factor}")
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name, None):
+            raise InputError(f"expected no {name} for ZOTrainer: ZOConfig says where blocks rest")
+    for name in ("optimizers", "optimizer_cls_and_kwargs", "compute_loss_func"):
+        given = options.get(name)
+        if given is not None and given != (None, None):
+            raise InputError(f"expected no {name} for ZOTrainer: the engine makes steps and losses")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from isotone.distzo2.checkpoints import clear_runs, load_run, save_run
 from isotone.distzo2.distributed import shard, to_device
 from isotone.distzo2.engine import ZOEngine, ZOStep
-from isotone.shared.checkpoint import CheckpointStore, load_latest
+from isotone.shared.checkpoint import Checkpoint, CheckpointStore
 from isotone.shared.errors import InputError, check_count
 
 
@@ -58,9 +64,10 @@ def train(
     """Train to step `steps`; every rank calls it, and rank 0 writes.
 
     `batches(step)`: the global batch of a step; each rank takes its rows, and they alone come to its device. `folder`:
-    of checkpoints, each with the trained tensors and the trajectory; with `resume` the newest is taken, whatever the
-    number of ranks that wrote it. `data_id`: what the batches depend on, compared on resuming. `evaluate`, every
-    `evaluate_every` steps and at the end, 0 for neither. Raises `InputError` where the checkpoint is of another run.
+    of checkpoints, each with the trained tensors, a file a block, and the trajectory; with `resume` the newest is
+    taken, whatever the number of ranks that wrote it. `data_id`: what the batches depend on, compared on resuming.
+    `evaluate`, every `evaluate_every` steps and at the end, 0 for neither. Raises `InputError` where the checkpoint is
+    of another run.
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every)
@@ -68,12 +75,12 @@ def train(
     identity = _identity(engine, data_id, schedule)
     history = History()
     start = time.perf_counter()
-    writes = folder is not None and engine.ranks.rank == 0
-    with CheckpointStore(folder) if writes and folder is not None else nullcontext() as store:
+    with ExitStack() as stack:
+        store = engine.wire.together(partial(_store, stack, folder, engine.ranks.rank == 0))
         if folder is not None and resume:
             _resume(engine, folder, identity, history)
-        elif isinstance(store, CheckpointStore):
-            store.clear()
+        elif store is not None:
+            clear_runs(store)
         while engine.steps < steps:
             engine.lr = schedule(engine.steps)
             own = shard(batches(engine.steps), engine.ranks)
@@ -90,6 +97,10 @@ def train(
     return history
 
 
+def _store(stack: ExitStack, folder: str | os.PathLike[str] | None, writes: bool) -> CheckpointStore | None:
+    return stack.enter_context(CheckpointStore(folder)) if writes and folder is not None else None
+
+
 def _identity(engine: ZOEngine, data_id: str, schedule: Schedule) -> dict[str, Any]:
     """What a run's result depends on; not how many ranks share it, nor where blocks rest."""
     config = engine.config
@@ -100,32 +111,40 @@ def _identity(engine: ZOEngine, data_id: str, schedule: Schedule) -> dict[str, A
     return {**own, "base": engine.trajectory.base, "data": data_id, "schedule": rate}
 
 
-def _save(engine: ZOEngine, store: Any, identity: dict[str, Any], history: History) -> None:
-    state = {f"weights/{name}": value for name, value in engine.trained_state().items()}
-    if isinstance(store, CheckpointStore):
-        steps = {f"steps/{name}": value for name, value in engine.trajectory.arrays().items()}
-        said = {"identity": identity, "losses": history.losses, "skipped": engine.skipped}
-        scores = {str(step): score for step, score in history.scores.items()}
-        store.save(engine.steps, {**state, **steps}, {**said, "scores": scores})
+def _save(engine: ZOEngine, store: CheckpointStore | None, identity: dict[str, Any], history: History) -> None:
+    state = {"identity": identity, "losses": history.losses, "skipped": engine.skipped}
+    scores = {str(step): score for step, score in history.scores.items()}
+    save_run(engine, store, engine.trajectory.arrays(), {**state, "scores": scores})
 
 
 def _resume(engine: ZOEngine, folder: str | os.PathLike[str], identity: dict[str, Any], history: History) -> None:
-    found = load_latest(folder, "torch")
+    found = engine.wire.together(partial(_newest, folder, identity, engine.ranks.rank == 0))
+    step, digest = (-1, 0) if found is None else (found[0].step, zlib.crc32(found[0].path.name.encode()))
+    if engine.wire.differing(torch.tensor([step, digest])):
+        raise InputError(
+            f"expected the same checkpoint in {os.fspath(folder)!r} for all ranks, got others: is the folder shared?"
+        )
     if found is None:
         return
-    other = [name for name, value in identity.items() if found.state["identity"].get(name) != value]
+    checkpoint, weights = found
+    engine.wire.together(partial(engine.load_state_dict, weights))
+    engine.trajectory.fill(checkpoint.arrays)
+    engine.steps, engine.skipped = checkpoint.step, checkpoint.state["skipped"]
+    history.losses = list(checkpoint.state["losses"])
+    history.scores = {int(step): score for step, score in checkpoint.state["scores"].items()}
+
+
+def _newest(
+    folder: str | os.PathLike[str], identity: dict[str, Any], writes: bool
+) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
+    found = load_run(folder, writes)
+    if found is None:
+        return None
+    there = found[0].state["identity"]
+    other = [name for name, value in identity.items() if there.get(name) != value]
     if other:
-        there = found.state["identity"].get(other[0])
         raise InputError(
-            f"expected a checkpoint with {other[0]} {identity[other[0]]!r} in {os.fspath(folder)!r}, got {there!r}; "
-            f"start anew with --fresh"
+            f"expected a checkpoint with {other[0]} {identity[other[0]]!r} in {os.fspath(folder)!r}, "
+            f"got {there.get(other[0])!r}; start anew with --fresh"
         )
-    engine.load_state_dict(_part(found.arrays, "weights/"))
-    engine.trajectory.fill(_part(found.arrays, "steps/"))
-    engine.steps, engine.skipped = found.step, found.state["skipped"]
-    history.losses = list(found.state["losses"])
-    history.scores = {int(step): score for step, score in found.state["scores"].items()}
-
-
-def _part(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    return found

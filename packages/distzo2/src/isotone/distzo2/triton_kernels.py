@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -194,24 +195,26 @@ def advance(
         decays: _on_device((update.decay if update and decays else 0.0, eps), torch.float32, device)
         for decays in (False, True)
     }
-    for segment in segments:
-        there = slice(segment.start, segment.start + segment.length)
-        w = weights[there]
-        grid = (-(-segment.length // (GROUP * _GROUPS)),)
-        _advance[grid](
-            w,
-            w if plus is None else plus[there],
-            w if minus is None else minus[there],
-            seeds,
-            coefficients,
-            scalars[segment.decays],
-            segment.length,
-            segment.first // GROUP,
-            segment.parameter,
-            seed,
-            UPDATES=count,
-            PLUS=plus is not None,
-            MINUS=minus is not None,
-            GROUPS=_GROUPS,
-            enable_fp_fusion=False,
-        )
+    # Triton launches on the current device, whatever its arguments
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for segment in segments:
+            there = slice(segment.start, segment.start + segment.length)
+            w = weights[there]
+            grid = (-(-segment.length // (GROUP * _GROUPS)),)
+            _advance[grid](
+                w,
+                w if plus is None else plus[there],
+                w if minus is None else minus[there],
+                seeds,
+                coefficients,
+                scalars[segment.decays],
+                segment.length,
+                segment.first // GROUP,
+                segment.parameter,
+                seed,
+                UPDATES=count,
+                PLUS=plus is not None,
+                MINUS=minus is not None,
+                GROUPS=_GROUPS,
+                enable_fp_fusion=False,
+            )

@@ -6,8 +6,8 @@ steps at rate 0 leave them as they are, bit for bit (section 7, item 9).
 
 from __future__ import annotations
 
-import itertools
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,12 @@ class Weights:
         # what is not trained and stays needs no bucket
         self.resident = [bucket for bucket in layout.resident.buckets if bucket.trainable]
         self._frozen = [bucket for bucket in layout.resident.buckets if not bucket.trainable]
+        self._originals: dict[int, Tensor] = {}
+        self._moved: list[tuple[nn.Module, str, torch.device]] = []
         self.rest = [torch.zeros(b.size, dtype=stored_dtype(b, config), device=device) for b in self.resident]
         for bucket, flat in zip(self.resident, self.rest, strict=True):
             bucket.gather(flat)
-            bucket.point(flat)
+            bucket.point(flat)  # what it was is free again
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._shown: dict[Stream | None, list[Tensor]] = {}
         self._shown_rest: dict[Stream | None, list[Tensor]] = {}
@@ -51,13 +53,28 @@ class Weights:
         self._rest_pointed = False
 
     def move_rest(self, model: nn.Module) -> None:
-        """Bring what stays to the device: tensors that are not trained, and the buffers of all modules."""
+        """Bring what stays to the device: tensors that are not trained, and the buffers of all modules.
+
+        Where the forward passes take another type, the host keeps those tensors as they are.
+        """
         for bucket in self._frozen:
-            for parameter in itertools.chain.from_iterable(entry.parameters for entry in bucket.entries):
-                parameter.data = parameter.data.to(self.device, working_dtype(bucket, self.config))
+            dtype = working_dtype(bucket, self.config)
+            for entry in bucket.entries:
+                value = entry.parameters[0].data
+                if dtype != bucket.dtype:
+                    self._originals |= dict.fromkeys(map(id, entry.parameters), value.cpu())
+                value = value.to(self.device, dtype)
+                for parameter in entry.parameters:
+                    parameter.data = value
         for module in model.modules():
             for name, value in module.named_buffers(recurse=False):
+                self._moved.append((module, name, value.device))
                 module._buffers[name] = value.to(self.device)
+
+    def move_buffers_back(self) -> None:
+        """Put the buffers of all modules where `move_rest` found them."""
+        for module, name, device in self._moved:
+            module._buffers[name] = module.get_buffer(name).to(device)
 
     def begin(self, update: Update | None, seeds: tuple[int, ...]) -> None:
         """Update what stays, and perturb it for each stream for the whole step (none where `seeds` is empty)."""
@@ -86,13 +103,14 @@ class Weights:
         self._rest_pointed = False
 
     def tensors(self) -> dict[int, Tensor]:
-        """The trained tensors that stay, by their parameters' ids."""
-        found: dict[int, Tensor] = {}
+        """The tensors that stay, as they are stored, by their parameters' ids."""
+        frozen = [p for bucket in self._frozen for entry in bucket.entries for p in entry.parameters]
+        found = {id(p): self._originals.get(id(p), p.data) for p in frozen}
         for bucket, flat in zip(self.resident, self.rest, strict=True):
             found |= bucket.values(flat)
         return found
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Take what stays from a state that has every trained tensor."""
         for bucket, flat in zip(self.resident, self.rest, strict=True):
             bucket.take(flat, state)
@@ -110,14 +128,18 @@ class Weights:
     ) -> dict[Stream | None, list[Tensor]]:
         """The buffers that each stream sees, bucket by bucket; key None is the weights themselves."""
         shown: dict[Stream | None, list[Tensor]] = {stream: [] for stream in [None, *self.streams]}
-        for number, (bucket, flat) in enumerate(zip(buckets, flats, strict=True)):
+        moved = [stream for stream in self.streams if self._moves(stream)] if seeds else []
+        # what may fail for want of room does so before the first update
+        room = [
+            {stream: self._buffer((where, number, stream), bucket) for stream in moved if bucket.trainable}
+            for number, bucket in enumerate(buckets)
+        ]
+        for number, (bucket, flat, outs) in enumerate(zip(buckets, flats, room, strict=True)):
             if not bucket.trainable:
                 clean = self._as_working((where, number), bucket, flat)
                 for seen in shown.values():
                     seen.append(clean)
                 continue
-            wanted = self.streams if seeds else []
-            outs = {stream: self._buffer((where, number, stream), bucket) for stream in wanted if self._moves(stream)}
             self._advance(bucket, flat, update, seeds, outs)
             clean_needed = not seeds or any(not self._moves(stream) for stream in self.streams)
             clean = self._as_working((where, number), bucket, flat) if clean_needed else flat
