@@ -56,6 +56,18 @@ def test_deferred_update_and_flush_are_mezo(family, offload, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in theirs.state_dict().items())
 
 
+def test_a_copy_a_tensor_moves_the_same(tmp_path):
+    """Section 2.12: without flat buckets, and from pageable memory."""
+    whole, pieces = (models.make("llama") for _ in range(2))
+    one = engine_for(whole, tmp_path, offload="cpu", lr=1e-2)
+    other = engine_for(pieces, tmp_path, offload="cpu", lr=1e-2, flat_buckets=False, pin_memory=False)
+    for t in range(2):
+        assert one.step(models.batch("llama", seed=t)) == other.step(models.batch("llama", seed=t))
+    one.flush()
+    other.flush()
+    assert torch.equal(models.flat(whole), models.flat(pieces))
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_no_and_one_step(steps, tmp_path):
     ours, theirs = models.chain(dtype=torch.float32), models.chain(dtype=torch.float32)

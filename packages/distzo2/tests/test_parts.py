@@ -224,6 +224,11 @@ def test_plans_count_what_the_engine_moves(tmp_path):
     plan = predict(shape, Hardware(), tokens=32, offload_bytes=4)
     assert plan.upload_bytes == engine.link.bytes["upload"] - before["upload"]
     assert plan.upload_bytes == engine.link.bytes["offload"] - before["offload"] == plan.host_bytes
+    assert plan.host_bytes <= plan.pinned_bytes < 2 * plan.host_bytes and plan.start_bytes > plan.host_bytes
+    sliced = predict(shape, Hardware(), tokens=32, offload_bytes=4, slices=2)
+    # four places and their slices, two perturbed blocks in half precision; what stays, and perturbed twice
+    blocks, rest = shape.block_parameters, shape.resident_parameters
+    assert sliced.device_bytes == 4 * (4 + 4 // 2) * blocks + 2 * 2 * blocks + 4 * rest + 2 * 2 * rest
 
 
 def test_plans_follow_the_law():

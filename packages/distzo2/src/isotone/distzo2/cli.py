@@ -208,7 +208,8 @@ def plan(
     return {
         "parameters": f"{shape.parameters:,} in {shape.blocks} blocks of {shape.block_parameters:,} and the rest",
         "device memory": f"{found.device_bytes / 2**30:.3f} GiB and activations",
-        "host memory a rank": f"{found.host_bytes / 2**30:.3f} GiB",
+        "host memory a rank": f"{found.host_bytes / 2**30:.3f} GiB ({found.pinned_bytes / 2**30:.3f} pinned, "
+        f"{found.start_bytes / 2**30:.3f} at the start)",
         "bytes a step": f"{found.upload_bytes:,} up, as many down, {found.exchange_bytes:,} between devices",
         "gradient": f"{found.scalar_bytes} bytes (first-order data parallelism: {found.gradient_bytes:,})",
         "step": f"{1000 * found.seconds:.4g} ms (in turn: {1000 * found.serial_seconds:.4g} ms)",

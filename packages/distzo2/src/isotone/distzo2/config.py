@@ -33,7 +33,8 @@ class ZOConfig:
     moves (fp32 below a half-precision working type makes it the master copy); None keeps the model's.
     `stochastic_rounding`: of updates that are stored in half precision. `overlap`: move blocks while another computes.
     `slicing`: each rank moves 1/n of a block; "auto" where several ranks offload. `parallel`: the mesh that is made
-    where none is given. `check_every`: steps between comparisons of all ranks' weights, 0 for none.
+    where none is given. `check_every`: steps between comparisons of all ranks' weights, 0 for none. `pin_memory` and
+    `flat_buckets` false are the ablations of section 2.12: pageable host memory, and a copy a tensor.
     """
 
     lr: float = 1e-6
@@ -53,6 +54,8 @@ class ZOConfig:
     slicing: bool | str = "auto"
     parallel: str = "none"
     check_every: int = 0
+    pin_memory: bool = True
+    flat_buckets: bool = True
 
     def __post_init__(self) -> None:
         check_positive("eps", self.eps)

@@ -104,7 +104,8 @@ class Pipeline:
         place = self._places[number] = Place(whole, parts, block)
         # a forward pass that comes back to a block finds it as it was offloaded
         after = [*before, self._leaving.pop(block, None)]
-        up = self.link.submit("upload", block, partial(_copies, parts, self.rest[block]), after)
+        sides = [self._pieces(block, side) for side in (parts, self.rest[block])]
+        up = self.link.submit("upload", block, partial(_copies, *sides), after)
         place.ready = up
         if self.slices > 1:
             self._exchange(place, block, up)
@@ -240,8 +241,8 @@ class Pipeline:
 
     def _offload(self, place: Place, block: int, after: Ticket | None) -> Ticket:
         trained = [i for i, bucket in enumerate(self.blocks[block].buckets) if bucket.trainable]
-        targets, sources = ([side[i] for i in trained] for side in (self.rest[block], place.slices))
-        ticket = self.link.submit("offload", block, partial(_copies, targets, sources), [after])
+        sides = [self._pieces(block, side, trained) for side in (self.rest[block], place.slices)]
+        ticket = self.link.submit("offload", block, partial(_copies, *sides), [after])
         self._leaving[block] = ticket
         return ticket
 
@@ -253,6 +254,18 @@ class Pipeline:
             bucket.point(resting if self.slices == 1 else _missing(bucket.size, resting.dtype))
             found.append(resting)
         return found
+
+    def _pieces(self, block: int, flats: list[Tensor], chosen: list[int] | None = None) -> list[Tensor]:
+        """What one copy each moves: this rank's slice of each (chosen) bucket, or of each tensor in it."""
+        chosen = list(range(len(flats))) if chosen is None else chosen
+        if self.config.flat_buckets:
+            return [flats[number] for number in chosen]
+        pieces = []
+        for number in chosen:
+            bucket = self.blocks[block].buckets[number]
+            for part in bucket.segments(*self._own(bucket)):
+                pieces.append(flats[number][part.start : part.start + part.length])
+        return pieces
 
     def _at_rest(self, block: int, number: int, bucket: Bucket) -> Tensor:
         """A bucket filled with the parameters' values, where it rests: this rank's slice of it."""
@@ -267,7 +280,7 @@ class Pipeline:
             resting.copy_(whole[start:stop])
         else:
             resting = whole if self.slices == 1 else whole[start:stop].clone()
-            if self.offloads and self.device.type == "cuda":  # pragma: no cover - needs a GPU
+            if self.config.pin_memory and self.offloads and self.device.type == "cuda":  # pragma: no cover - a GPU's
                 resting = resting.pin_memory()
         return resting
 

@@ -44,10 +44,16 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step as predicted, of one rank. Bytes but for `seconds` and `lanes` (seconds a block by lane)."""
+    """A step as predicted, of one rank. Bytes but for `seconds` and `lanes` (seconds a block by lane).
+
+    `host_bytes`: of blocks at rest; `pinned_bytes`: the same where torch pins them, each bucket rounded up to a power
+    of two; `start_bytes`: what the host holds at most while the engine takes the model over, block by block.
+    """
 
     device_bytes: int
     host_bytes: int
+    pinned_bytes: int
+    start_bytes: int
     upload_bytes: int
     exchange_bytes: int
     scalar_bytes: int
@@ -109,7 +115,7 @@ def predict(
         lanes["exchange"] = hardware.latency + received / hardware.exchange
     resident_compute = 2 * passes * shape.resident_parameters * tokens / hardware.flops
     slowest = max(seconds for lane, seconds in lanes.items() if lane != "compute")
-    places = 3 + (slices > 1)
+    places = 4 + 4 / slices if slices > 1 else 3
     return Plan(
         device_bytes=int(
             places * block * offload_bytes
@@ -117,6 +123,12 @@ def predict(
             + shape.resident_parameters * (offload_bytes + passes * working_bytes)
         ),
         host_bytes=int(shape.blocks * one_way),
+        pinned_bytes=shape.blocks * (1 << (int(one_way) - 1).bit_length()),
+        start_bytes=int(
+            shape.blocks * max(one_way, block * working_bytes)
+            + shape.resident_parameters * working_bytes
+            + block * offload_bytes
+        ),
         upload_bytes=int(shape.blocks * one_way),
         exchange_bytes=int(shape.blocks * received),
         scalar_bytes=8 * (2 * directions + 1),
