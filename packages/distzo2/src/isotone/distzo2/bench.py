@@ -1,14 +1,16 @@
 """A step beside what a user would run instead, on the same model and batch, in one run.
 
 In memory: the reference's order of passes, checked to give the same projected gradient from the same directions.
+Offloaded: beside the same step in memory, where its time goes by lane, and what of the link's rate it reaches.
 Memory: LoRA with AdamW (peft), and FSDP2 with its CPU offload (one rank, gloo) on the same model; the losses of their
-first steps are compared. On a CPU offload moves nothing.
+first steps are compared. On a CPU offload moves blocks within the host's memory.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -21,16 +23,19 @@ from typing import Any
 
 import torch
 
-from isotone.distzo2 import offloading
+from isotone.distzo2 import offloading, timing
 from isotone.distzo2.baselines import ReferenceMeZO
 from isotone.distzo2.config import ZOConfig
 from isotone.distzo2.engine import ZOEngine
 from isotone.distzo2.mezo import MeZO
 from isotone.distzo2.objective import model_loss
+from isotone.distzo2.offloading import tensor_by_tensor
+from isotone.distzo2.plots import timeline_plot
 from isotone.distzo2.ranks import run_ranks
 from isotone.distzo2.rng import step_seed
+from isotone.distzo2.timing import busy, record, spans_of
 from isotone.shared import device, progress
-from isotone.shared.bench import compare
+from isotone.shared.bench import Timing, compare
 from isotone.shared.claims import Ratio, Report
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
@@ -47,10 +52,11 @@ class Size:
     rounds: int
     target: float | None
     shapes: tuple[str, ...] = ()
+    link_layers: int = 12
 
 
 SIZES = {
-    "tiny": Size(2, 32, 64, ((2, 16),), 6, None),
+    "tiny": Size(2, 32, 64, ((2, 16),), 6, None, link_layers=3),
     # 100 million parameters; targets from the issue
     "cpu": Size(12, 768, 16384, ((1, 32), (16, 128)), 6, 1.5),
     "gpu": Size(12, 768, 16384, ((1, 32), (16, 128)), 20, 1.5, ("opt-1.3b", "opt-6.7b", "opt-13b")),
@@ -72,8 +78,11 @@ def bench(run: Run, size: str = "auto", zo2: Path | None = None) -> Report:
     if zo2 is not None and setting.shapes:
         zo2_step(zo2, "tiny", 1, 16)  # said now if it does not run, not after what is measured before it
     start = time.perf_counter()
+    figures: dict[str, Any] = {}
     work: list[Callable[[], list[Ratio]]] = [
         *(partial(_in_memory, setting, *batch, where) for batch in setting.batches),
+        partial(_small_offloaded, setting, where, figures),
+        partial(_link_bound, setting),
         partial(_memory, setting, where),
         *(partial(_offloaded, shape, where, zo2) for shape in setting.shapes),
     ]
@@ -84,7 +93,9 @@ def bench(run: Run, size: str = "auto", zo2: Path | None = None) -> Report:
             bar.advance(1)
     scale: Any = "gpu" if where == "cuda" else "cpu"
     seconds = time.perf_counter() - start
-    return Report("distzo2", "bench", scale, seeds=(), framework="torch", ratios=ratios, seconds=seconds)
+    return Report(
+        "distzo2", "bench", scale, seeds=(), framework="torch", ratios=ratios, seconds=seconds, figures=figures
+    )
 
 
 def random_model(layers: int, hidden: int, vocab: int, length: int) -> Any:
@@ -114,7 +125,7 @@ def _in_memory(setting: Size, rows: int, length: int, where: str) -> list[Ratio]
     """Our step, engine and optimizer, beside the reference's order of passes."""
     models = [random_model(setting.layers, setting.hidden, setting.vocab, length).to(where) for _ in range(3)]
     batch = random_batch(setting.vocab, rows, length, where)
-    engine = ZOEngine(models[0], ZOConfig(lr=1e-7))
+    engine = ZOEngine(models[0], ZOConfig(lr=1e-7), device=where)
     optimizer = MeZO(models[1].parameters(), lr=1e-7)
     reference = ReferenceMeZO(models[2].named_parameters(), lr=1e-7)
 
@@ -123,24 +134,119 @@ def _in_memory(setting: Size, rows: int, length: int, where: str) -> list[Ratio]
 
     _agree(setting, rows, length, where, batch)
     steps = iter(range(10**9))
-    parameters = sum(p.numel() for p in models[0].parameters())
-    work = f"a step in memory, {parameters / 1e6:.0f}M parameters, {rows} x {length} tokens"
+    work = f"a step in memory, {_size(models[0])}, {rows} x {length} tokens"
+    peer = ("MeZO, the reference's order of passes", "this package")
     ratios = []
     for ident, name, ours in (
         ("engine", "ZOEngine", lambda: engine.step(batch)),
         ("optimizer", "MeZO", lambda: optimizer.step(lambda: loss(models[1]))),
     ):
-        timing = compare(
+        timed = compare(
             ours,
             lambda: reference.step(lambda: float(loss(models[2])), step_seed(0, next(steps))),
             rounds=setting.rounds,
             warmup=1,
             device=where,
         )
-        values = (timing.ours_seconds, timing.ours_seconds * timing.ratio)
-        peer = ("MeZO, the reference's order of passes", "this package")
-        ratios.append(Ratio(f"{ident}-{rows}x{length}", work, name, *peer, *values, "s", setting.target))
+        ratios += _step_rows(f"{ident}-{rows}x{length}", work, name, peer, timed, rows * length, setting.target)
     return ratios
+
+
+def _size(model: Any) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters"
+
+
+def _step_rows(
+    ident: str, work: str, ours: str, peer: tuple[str, str], timing: Timing, tokens: int, target: float | None
+) -> list[Ratio]:
+    """Median seconds of a step, with the interval of the ratio pair by pair, and tokens a second."""
+    pairs = f"{work} (pairs: {timing.ratio:.2f} x, 95 % in {timing.low:.2f} to {timing.high:.2f})"
+    seconds = (timing.ours_seconds, timing.peer_seconds)
+    rates = (tokens / timing.ours_seconds, tokens / timing.peer_seconds)
+    return [
+        Ratio(ident, pairs, ours, *peer, *seconds, "s", target),
+        Ratio(f"{ident}-tokens", work, ours, *peer, *rates, "tokens/s", None, higher_is_better=True),
+    ]
+
+
+def _small_offloaded(setting: Size, where: str, figures: dict[str, Any]) -> list[Ratio]:
+    """The same model with its blocks on the host: beside resident, and the shares of the lanes in a step."""
+    length = max(length for _, length in setting.batches)
+    models = [random_model(setting.layers, setting.hidden, setting.vocab, length).to(where) for _ in range(2)]
+    resident, moved = (
+        ZOEngine(model, ZOConfig(lr=1e-7, offload=offload), device=where)
+        for model, offload in zip(models, ("none", "cpu"), strict=True)
+    )
+    rows, length = setting.batches[0]
+    batch = random_batch(setting.vocab, rows, length, where)
+    timed = compare(
+        partial(moved.step, batch), partial(resident.step, batch), rounds=setting.rounds, warmup=1, device=where
+    )
+    work = f"a step offloaded, {_size(models[0])}"
+    peer = ("ZOEngine in memory", "this package")
+    ours = "ZOEngine, offloaded"
+    found = _step_rows(
+        f"offload-{rows}x{length}", f"{work}, {rows} x {length} tokens", ours, peer, timed, rows * length, None
+    )
+    for rows, length in setting.batches:
+        batch = random_batch(setting.vocab, rows, length, where)
+        moved.step(batch)
+        spans, seconds, rounds = [], [], max(1, setting.rounds // 3)
+        for _ in range(rounds):
+            start = time.perf_counter()
+            spans.append(record(moved, batch))
+            seconds.append(time.perf_counter() - start)
+        lanes = {lane: statistics.median(busy(one).get(lane, 0.0) for one in spans) for lane in busy(spans[0])}
+        step = statistics.median(seconds)
+        found += lane_rows(f"{rows}x{length}", f"{work}, {rows} x {length} tokens", lanes, step)
+        figures[f"timeline-{rows}x{length}"] = timeline_plot(
+            spans_of(spans[0]), f"One step, blocks offloaded, {rows} x {length} tokens"
+        )
+    return [*found, *_bucket_row("small", tensor_by_tensor(moved, where, 20), _size(models[0]))]
+
+
+def lane_rows(ident: str, work: str, lanes: dict[str, float], step: float) -> list[Ratio]:
+    """Each lane's seconds in a step of `step` seconds; the step beside its slowest lane alone, and all in turn."""
+    rows = [
+        Ratio(f"lane-{lane}-{ident}", work, f"the {lane} lane", "the whole step", "", seconds, step, "s", None)
+        for lane, seconds in lanes.items()
+        if seconds
+    ]
+    total, most = sum(lanes.values()), max(lanes.values())
+    return [
+        *rows,
+        Ratio(f"lanes-bound-{ident}", work, "the whole step", "its slowest lane alone", "", step, most, "s", None),
+        Ratio(f"lanes-in-turn-{ident}", work, "the whole step", "its lanes in turn", "", step, total, "s", None),
+    ]
+
+
+def _bucket_row(ident: str, seconds: dict[str, float], model: str) -> list[Ratio]:
+    bucket, tensors = seconds["bucket"], seconds["tensors"]
+    return [
+        Ratio(
+            f"bucket-{ident}",
+            f"bringing a block of a model, {model}",
+            "flat buckets",
+            "a copy for each tensor",
+            "this package",
+            bucket,
+            tensors,
+            "s",
+            None,
+        )
+    ]
+
+
+def _link_bound(setting: Size) -> list[Ratio]:
+    """What a step that the link holds up reaches of the link's rate: of a model of hardware, whose rate is known."""
+    layers, transfer = setting.link_layers, 0.03
+    engine, size = timing.throttled(layers, 64, transfer, transfer / 10)
+    batch = {"x": torch.randn(4, 64)}
+    seconds = timing.step_seconds(engine, batch, 5)
+    work = f"a step of {layers} blocks, throttled link, compute a tenth of an upload (a model of hardware)"
+    rates = (layers * size / seconds / 1e6, size / transfer / 1e6)
+    row = ("bytes uploaded in the step's time", "the link's rate", "")
+    return [Ratio("line-rate-model", work, *row, *rates, "MB/s", 0.9, higher_is_better=True)]
 
 
 def _agree(setting: Size, rows: int, length: int, where: str, batch: dict[str, torch.Tensor]) -> None:
@@ -169,10 +275,13 @@ def _memory(setting: Size, where: str) -> list[Ratio]:
         "lora": ("LoRA and AdamW", f"peft {version('peft')}" if "lora" in found else ""),
         "fsdp2": ("FSDP2, CPU offload, AdamW", f"torch {torch.__version__}"),
     }
-    work = f"peak memory of training, {rows} x {length} tokens"
+    work = (
+        f"peak memory of training, {rows} x {length} tokens, {'of the device' if where == 'cuda' else 'of the process'}"
+    )
+    ours = f"ZOEngine, {'offloaded' if _zo_offload(where) == 'cpu' else 'in memory'}"
     mebi = {arm: result["peak"] / 2**20 for arm, result in found.items()}
     return [
-        Ratio(f"memory-{arm}", work, "ZOEngine in memory", *peers[arm], mebi["zo"], mebi[arm], "MiB", None)
+        Ratio(f"memory-{arm}", work, ours, *peers[arm], mebi["zo"], mebi[arm], "MiB", None)
         for arm in arms
         if arm != "zo"
     ]
@@ -208,9 +317,13 @@ def _resident() -> int:
     return used if sys.platform == "darwin" else 1024 * used
 
 
-def _zo(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[], Any]:
+def _zo_offload(where: str) -> str:
     # on a GPU blocks rest on the host, as FSDP2's do; on a CPU that is where they are
-    engine = ZOEngine(model, ZOConfig(lr=1e-7, offload="cpu" if where == "cuda" else "none"), device=where)
+    return "cpu" if where == "cuda" else "none"
+
+
+def _zo(model: Any, batch: dict[str, torch.Tensor], where: str) -> Callable[[], Any]:
+    engine = ZOEngine(model, ZOConfig(lr=1e-7, offload=_zo_offload(where)), device=where)
     return lambda: engine.step(batch).loss
 
 
@@ -248,42 +361,50 @@ _STEPS: dict[str, Callable[..., Callable[[], Any]]] = {"zo": _zo, "lora": _lora,
 
 
 def _offloaded(shape: str, where: str, zo2: Path | None) -> list[Ratio]:
-    """A large shape offloaded: beside resident at 8 x 2048 tokens, and at 1 x 2048 beside moving blocks in turn, and
-    beside the authors' ZO2 in an environment of its own (it pins another transformers)."""
-    long = offloading.beside_resident(shape, 8, 2048, where)
-    ours, turn = (offloading.offloaded(shape, 1, 2048, where, overlap=overlap)["seconds"] for overlap in (True, False))
+    """A large shape offloaded: beside resident at 8 x 2048 tokens; at 1 x 2048 beside the authors' ZO2 in an
+    environment of its own (it pins another transformers), and with a part of the method left out; at 1 x 128 beside
+    the link alone."""
+    ours = offloading.offloaded(shape, where)
+    there = offloading.resident(shape, where)
+    long, short, bound = (
+        f"{rows} x {length}" for rows, length in (offloading.LONG, offloading.SHORT, offloading.BOUND)
+    )
     work = f"a step, {shape}, fp16"
-    theirs = []
+    found = []
     if zo2 is not None:
-        found = zo2_step(zo2, shape, 1, 2048)
-        peer = (f"zo2 {found['version']}", "github liangyuwang/zo2")
-        each = (ours, found["seconds"])
-        theirs = [Ratio(f"zo2-{shape}", f"{work}, 1 x 2048 tokens", "offloaded", *peer, *each, "s", 1.3)]
-    return [
-        *theirs,
-        Ratio(
-            f"resident-{shape}",
-            f"{work}, 8 x 2048 tokens",
-            "offloaded",
-            "resident",
-            "this package",
-            long["offloaded"],
-            long["resident"],
-            "s",
-            0.95,
-        ),
-        Ratio(
-            f"serial-{shape}",
-            f"{work}, 1 x 2048 tokens",
-            "overlapped",
-            "in turn",
-            "this package",
-            ours,
-            turn,
-            "s",
-            None,
-        ),
-    ]
+        theirs = zo2_step(zo2, shape, *offloading.SHORT)
+        peer = (f"zo2 {theirs['version']}", "github liangyuwang/zo2")
+        seconds = (ours["short"]["seconds"], theirs["seconds"])
+        spread = _ranges(ours["short"], theirs)
+        found.append(Ratio(f"zo2-{shape}", f"{work}, {short} tokens {spread}", "offloaded", *peer, *seconds, "s", 1.3))
+    for ident, name, batch, mine, other, target in (
+        ("resident", "resident", long, ours["long"], there["long"], 0.95),
+        ("resident-short", "resident", short, ours["short"], there["short"], None),
+        ("serial", "in turn", short, ours["short"], ours["in turn"], None),
+        ("naive", "in turn, from pageable memory", short, ours["short"], ours["naive"], None),
+        ("immediate", "updated at the end of each step", short, ours["short"], ours["immediate"], None),
+    ):
+        described = f"{work}, {batch} tokens {_ranges(mine, other)}"
+        each = (mine["seconds"], other["seconds"])
+        found.append(Ratio(f"{ident}-{shape}", described, "offloaded", name, "this package", *each, "s", target))
+    tokens = (ours["long"]["tokens"], there["long"]["tokens"])
+    rate = ("offloaded", "resident", "this package")
+    found.append(
+        Ratio(f"tokens-{shape}", f"{work}, {long} tokens", *rate, *tokens, "tokens/s", None, higher_is_better=True)
+    )
+    line = (ours["bytes"] / ours["bound"]["seconds"] / 1e9, ours["line_rate"] / 1e9)
+    names = ("bytes uploaded in the step's time", "the link alone", "")
+    found.append(
+        Ratio(f"line-rate-{shape}", f"{work}, {bound} tokens", *names, *line, "GB/s", 0.9, higher_is_better=True)
+    )
+    found += lane_rows(shape, f"{work}, {bound} tokens", ours["lanes"], ours["bound"]["seconds"])
+    return [*found, *_bucket_row(shape, ours["buckets"], f"{shape}, fp16")]
+
+
+def _ranges(ours: dict[str, float], peer: dict[str, Any]) -> str:
+    """The fastest and slowest steps of both."""
+    each = [f"{one['fastest']:.3g} to {one['slowest']:.3g} s" for one in (ours, peer)]
+    return f"({each[0]}; peer {each[1]})"
 
 
 def zo2_step(python: Path, shape: str, rows: int, length: int) -> dict[str, Any]:

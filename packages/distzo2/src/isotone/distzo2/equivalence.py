@@ -17,56 +17,74 @@ def _flat(engine: ZOEngine) -> torch.Tensor:
     return torch.cat([value.reshape(-1) for value in engine.trained_state().values()])
 
 
-def single(task: KeywordTask, lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """One process in memory and offloaded: steps whose g_t differ, weights that do, and the replay's.
-
-    `grads` are those in memory; `accuracy` is of the weights they lead to.
+def single(task: KeywordTask, lr: float, steps: int, seed: int, where: str) -> dict[str, Any]:
+    """One process on the device `where`, in memory and offloaded: steps whose g_t differ, weights that do, and the
+    replay's. `grads` are those in memory.
     """
     engines = {
-        offload: ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed, offload=offload))
+        offload: ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed, offload=offload), device=where)
         for offload in ("none", "cpu")
     }
     grads: dict[str, list[float]] = {}
     for offload, engine in engines.items():
         grads[offload] = [engine.step(batch_of(task, seed, step)).projected_grad for step in range(steps)]
     theta = {offload: _flat(engine) for offload, engine in engines.items()}
-    replayed = replay(keyword_model(task, seed), engines["cpu"].trajectory)
-    again = torch.cat([p.detach().reshape(-1) for p in replayed.parameters()])
+    replayed = replay(keyword_model(task, seed).to(where), engines["cpu"].trajectory)
+    again = torch.cat([p.detach().cpu().reshape(-1) for p in replayed.parameters()])
     return {
         "grads": grads["none"],
         "differing": sum(a != b for a, b in zip(grads["none"], grads["cpu"], strict=True)),
         "weights": int((theta["none"] != theta["cpu"]).sum()),
         "replayed": int((again != theta["none"]).sum()),
         "theta": theta["none"].tolist(),
-        **score(replayed, task),
     }
 
 
 def ranks(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """On `world` ranks: PertP over all steps; DDP and 2D each step from the weights of one process's run."""
-    task, lr, steps, seed = KeywordTask(**arguments["task"]), *(arguments[key] for key in ("lr", "steps", "seed"))
+    task, lr, steps, seed, where = _given(arguments)
     found: dict[str, Any] = {}
     if world == 2:
-        config = ZOConfig(lr=lr, seed=seed, offload="cpu")
-        engine = ZOEngine(keyword_model(task, seed), config, init_mesh(2))
+        engine = _engine_on_ranks(task, lr, seed, where, 2, offload="cpu")
         steps_taken = [engine.step(shard(batch_of(task, seed, step), engine.ranks)) for step in range(steps)]
         found["pertp"] = {
             "grads": [step.projected_grad for step in steps_taken],
             "theta": _flat(engine).tolist(),
             "bytes": engine.scalar_bytes / steps,
         }
-        found["ddp"] = _beside_one(task, lr, steps, seed, 1)
+        found["ddp"] = _beside_one(task, lr, steps, seed, where, 1)
     else:
-        found["2d"] = _beside_one(task, lr, steps, seed, 2)
-        found["ddp"] = _beside_one(task, lr, steps, seed, 1)
-        found["run"] = _accuracy(task, lr, steps, seed)
+        found["2d"] = _beside_one(task, lr, steps, seed, where, 2)
+        found["ddp"] = _beside_one(task, lr, steps, seed, where, 1)
     return found
 
 
-def _beside_one(task: KeywordTask, lr: float, steps: int, seed: int, pertp: int) -> dict[str, Any]:
+def run_2d(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A whole run on the 2D mesh, offloaded (and sliced, on a CPU): loss and accuracy where it ends."""
+    task, lr, steps, seed, where = _given(arguments)
+    engine = _engine_on_ranks(task, lr, seed, where, 2, offload="cpu")
+    losses = [engine.step(shard(batch_of(task, seed, step), engine.ranks)).loss for step in range(steps)]
+    engine.close()
+    return {**score(engine.model, task), "losses": losses if rank == 0 else []}
+
+
+def _given(arguments: dict[str, Any]) -> tuple[KeywordTask, float, int, int, str]:
+    names = ("lr", "steps", "seed", "where")
+    lr, steps, seed, where = (arguments[name] for name in names)
+    return KeywordTask(**arguments["task"]), lr, steps, seed, where
+
+
+def _engine_on_ranks(task: KeywordTask, lr: float, seed: int, where: str, pertp: int, offload: str) -> ZOEngine:
+    # ranks that share a GPU exchange scalars by gloo, not slices: they have one link between them
+    slicing: bool | str = "auto" if where == "cpu" else False
+    config = ZOConfig(lr=lr, seed=seed, offload=offload, slicing=slicing)
+    return ZOEngine(keyword_model(task, seed), config, init_mesh(pertp), device=where)
+
+
+def _beside_one(task: KeywordTask, lr: float, steps: int, seed: int, where: str, pertp: int) -> dict[str, Any]:
     """The differences of g_t between ranks with shards and one process with the whole batch, same weights each step."""
-    alone = ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed))
-    engine = ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed), init_mesh(pertp))
+    alone = ZOEngine(keyword_model(task, seed), ZOConfig(lr=lr, seed=seed), device=where)
+    engine = _engine_on_ranks(task, lr, seed, where, pertp, offload="none")
     pairs = []
     for step in range(steps):
         batch = batch_of(task, seed, step)
@@ -74,16 +92,6 @@ def _beside_one(task: KeywordTask, lr: float, steps: int, seed: int, pertp: int)
         # both go on from the same weights
         engine.pending = alone.pending
     return {"pairs": pairs, "bytes": engine.scalar_bytes / steps}
-
-
-def _accuracy(task: KeywordTask, lr: float, steps: int, seed: int) -> dict[str, float]:
-    """A run of its own on the 2D mesh, sliced and offloaded: where it ends."""
-    model = keyword_model(task, seed)
-    engine = ZOEngine(model, ZOConfig(lr=lr, seed=seed, offload="cpu"), init_mesh(2))
-    for step in range(steps):
-        engine.step(shard(batch_of(task, seed, step), engine.ranks))
-    engine.close()
-    return score(model, task)
 
 
 def relative(pairs: list[list[float]]) -> float:

@@ -14,6 +14,7 @@ from isotone.distzo2.config import ZOConfig
 from isotone.distzo2.engine import ZOEngine
 from isotone.distzo2.loading import load_model
 from isotone.distzo2.texts import corpus_of
+from isotone.distzo2.timing import busy, record
 from isotone.distzo2.training import train
 from isotone.shared.errors import InputError
 
@@ -25,10 +26,14 @@ SHAPES = {
 }
 """Layers, heads, hidden and feed-forward width (section 6 b)."""
 _WARM, _STEPS = 5, 20
+Batch = tuple[int, int]
+"""Rows and tokens a row."""
+LONG, SHORT, BOUND = (8, 2048), (1, 2048), (1, 128)
+"""What hides the transfers under compute, what may not, and what cannot."""
 
 
-def random_opt(shape: str, dtype: torch.dtype, length: int) -> Any:
-    """A random causal OPT of a shape of `SHAPES`, on the CPU, in eval mode."""
+def random_opt(shape: str, dtype: torch.dtype, length: int, where: str = "cpu") -> Any:
+    """A random causal OPT of a shape of `SHAPES`, made on the device `where`, in eval mode."""
     from transformers import OPTConfig, OPTForCausalLM
 
     if shape not in SHAPES:
@@ -47,46 +52,157 @@ def random_opt(shape: str, dtype: torch.dtype, length: int) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return OPTForCausalLM(config).eval()
+        # the host would take minutes to draw thirteen billion weights, and to sum their bits
+        with torch.device(where):
+            return OPTForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
 
 
-def offloaded(
-    shape: str, rows: int, length: int, where: str, offload: str = "cpu", overlap: bool = True, rounds: int = _STEPS
+def engine_of(shape: str, length: int, where: str, offload: str) -> ZOEngine:
+    """An engine on a random OPT, fp16 on a GPU."""
+    model = random_opt(shape, torch.float16 if where == "cuda" else torch.float32, length, where)
+    return ZOEngine(model, ZOConfig(lr=1e-7, offload=offload), device=where)
+
+
+def timed(
+    engine: ZOEngine, batch: Batch, where: str, rounds: int = _STEPS, immediate: bool = False
 ) -> dict[str, float]:
-    """Seconds a step and bytes allocated at most on the device (0 on a CPU), of a random model."""
-    dtype = torch.float16 if where == "cuda" else torch.float32
-    model = random_opt(shape, dtype, length)
-    if offload == "none":
-        model = model.to(where)
-    config = ZOConfig(lr=1e-7, offload=offload, overlap=overlap)
-    engine = ZOEngine(model, config, device=where)
-    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    batch = {name: ids.to(where) for name in ("input_ids", "labels")}
+    """Steps on random tokens of `batch` rows and length: median, fastest and slowest `seconds`, `tokens` a second, and
+    of a GPU the bytes allocated at most (`peak`) and in use by whatever has the device (`used`).
+
+    `immediate`: the update is applied at the end of its step.
+    """
+    rows, length = batch
+    model: Any = engine.model
+    ids = torch.randint(model.config.vocab_size, batch, generator=torch.Generator().manual_seed(0)).to(where)
     if where == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(min(_WARM, rounds) + rounds):
         start = time.perf_counter()
-        engine.step(batch)  # ends in a loss on the host: the device is done
+        engine.step({"input_ids": ids, "labels": ids})  # ends in a loss on the host: the device is done
+        if immediate:
+            engine.flush()
+            engine.link.finish()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if where == "cuda" else 0
-    engine.link.finish()
-    # engine, model and hooks hold one another: the next arm must not begin beside them
-    del engine, model
-    gc.collect()
+    kept = times[min(_WARM, rounds) :]
+    found = {"seconds": statistics.median(kept), "fastest": min(kept), "slowest": max(kept), "peak": 0.0, "used": 0.0}
+    found["tokens"] = rows * length / found["seconds"]
     if where == "cuda":  # pragma: no cover - needs a GPU
-        torch.cuda.empty_cache()
-    return {"seconds": statistics.median(times[min(_WARM, rounds) :]), "peak": float(peak)}
+        free, total = torch.cuda.mem_get_info()
+        found |= {"peak": float(torch.cuda.max_memory_allocated()), "used": float(total - free)}
+    return found
+
+
+def unpin(engine: ZOEngine) -> None:
+    """Let blocks rest in pageable memory, as the authors' code has them: a copy then holds the host."""
+    for buckets in engine.pipeline.rest:
+        buckets[:] = [resting.clone() for resting in buckets]
+    engine.pipeline.rest_again()
+
+
+def line_rate(elements: int, dtype: torch.dtype, where: str, rounds: int = _STEPS) -> float:
+    """Bytes a second of one copy after another from pinned host memory to the device; on a CPU, of a plain copy."""
+    source = torch.zeros(elements, dtype=dtype)
+    if where == "cuda":  # pragma: no cover - needs a GPU
+        source = source.pin_memory()
+    target = torch.empty_like(source, device=where)
+
+    def once() -> float:
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        if where == "cuda":  # pragma: no cover - needs a GPU
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return source.numel() * source.element_size() / statistics.median(once() for _ in range(rounds))
+
+
+def tensor_by_tensor(engine: ZOEngine, where: str, rounds: int = _STEPS) -> dict[str, float]:
+    """Seconds to bring one block as its flat buckets, and a copy for each tensor of it from memory of its own."""
+    flats = engine.pipeline.rest[0]
+    entries = [entry for bucket in engine.layout.blocks[0].buckets for entry in bucket.entries]
+    parts = [torch.zeros(entry.shape, dtype=flats[0].dtype) for entry in entries]
+    if where == "cuda":  # pragma: no cover - needs a GPU
+        parts = [part.pin_memory() for part in parts]
+    found = {}
+    for name, sources in (("bucket", flats), ("tensors", parts)):
+        targets = [torch.empty_like(source, device=where) for source in sources]
+        times = []
+        for _ in range(1 + rounds):
+            start = time.perf_counter()
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            if where == "cuda":  # pragma: no cover - needs a GPU
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        found[name] = statistics.median(times[1:])
+    return found
+
+
+def offloaded(
+    shape: str, where: str, long: Batch = LONG, short: Batch = SHORT, bound: Batch = BOUND, rounds: int = _STEPS
+) -> dict[str, Any]:
+    """One engine that offloads, timed on a long and a short batch, and on one that the link alone holds up (`bound`);
+    then the short one with a part of the method left out: moved in turn, updated at once, and, "naive", in turn from
+    pageable memory.
+
+    `lanes`: seconds that each worked in a `bound` step; `bytes`: uploaded in it; `line_rate`: of the link alone.
+    """
+    engine = engine_of(shape, max(long[1], short[1], bound[1]), where, "cpu")
+    found: dict[str, Any] = {"long": timed(engine, long, where, rounds), "short": timed(engine, short, where, rounds)}
+    found["bound"] = timed(engine, bound, where, rounds)
+    before = engine.link.bytes["upload"]
+    ids = torch.zeros(bound, dtype=torch.long)
+    found["spans"] = record(engine, {"input_ids": ids, "labels": ids})
+    found["bytes"] = engine.link.bytes["upload"] - before
+    found["lanes"] = busy(found["spans"])
+    largest = max((flat for buckets in engine.pipeline.rest for flat in buckets), key=len)
+    found["line_rate"] = line_rate(len(largest), largest.dtype, where, rounds)
+    found["buckets"] = tensor_by_tensor(engine, where, rounds)
+    found["immediate"] = timed(engine, short, where, rounds, immediate=True)
+    engine.link.overlap = False
+    found["in turn"] = timed(engine, short, where, rounds)
+    unpin(engine)
+    # several times as slow: fewer of them
+    found["naive"] = timed(engine, short, where, max(2, rounds // 4))
+    engine.link.finish()
+    del engine
+    _free(where)
+    return found
+
+
+def resident(
+    shape: str, where: str, long: Batch = LONG, short: Batch = SHORT, rounds: int = _STEPS
+) -> dict[str, dict[str, float]]:
+    """The same model and batches, all of it on the device."""
+    engine = engine_of(shape, max(long[1], short[1]), where, "none")
+    found = {name: timed(engine, batch, where, rounds) for name, batch in (("long", long), ("short", short))}
+    del engine
+    _free(where)
+    return found
 
 
 def beside_resident(shape: str, rows: int, length: int, where: str, rounds: int = _STEPS) -> dict[str, float]:
     """Seconds a step of the same model, resident and offloaded."""
-    return {
-        name: offloaded(shape, rows, length, where, offload, rounds=rounds)["seconds"]
-        for name, offload in (("resident", "none"), ("offloaded", "cpu"))
-    }
+    found = {}
+    for name, offload in (("resident", "none"), ("offloaded", "cpu")):
+        engine = engine_of(shape, length, where, offload)
+        found[name] = timed(engine, (rows, length), where, rounds)["seconds"]
+        engine.link.finish()
+        del engine
+        _free(where)
+    return found
+
+
+def _free(where: str) -> None:
+    # engine, model and hooks hold one another: the next arm must not begin beside them
+    gc.collect()
+    if where == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.empty_cache()
 
 
 def finetune(

@@ -19,6 +19,7 @@ from isotone.distzo2.plots import loss_plot, seconds_plot, sweep_plot, timeline_
 from isotone.distzo2.ranks import run_ranks
 from isotone.distzo2.scales import SCALES, TUNING_SEED, Scale
 from isotone.shared import device, progress
+from isotone.shared.bench import median_interval
 from isotone.shared.claims import ArmLog, Measurement, Report
 from isotone.shared.cli import Run
 from isotone.shared.errors import InputError
@@ -27,7 +28,16 @@ LN2 = math.log(2)
 LORA_RANKS = {"adamw": 0, "lora": 4}
 """Rank of the factors that are trained; 0 trains all weights."""
 Arm = Callable[[str, Any, Callable[[], dict[str, Any]]], dict[str, Any]]
-Values = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Ratios of two arms timed in turns, a round each."""
+
+    ratios: list[float]
+
+
+Values = dict[str, list[float] | Rounds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,8 @@ def reproduce(scale: str, run: Run, given: Given | None = None) -> Report:
     """Measure every claim at `scale`; finished arms are not run again. `given`: of the scale "paper"."""
     if scale not in SCALES:
         raise InputError(f"expected --scale to be one of {', '.join(SCALES)}, got {scale!r}")
-    setting, where = SCALES[scale], device.resolve(run.device)
+    setting = SCALES[scale]
+    where = device.resolve(setting.device if run.device == "auto" else run.device)
     if setting.needs_model and given is None:
         raise InputError(f"expected --model and --text with --scale {scale}: the paper's checkpoint and examples")
     if setting.needs_gpu and where != "cuda":
@@ -59,8 +70,9 @@ def measure(setting: Scale, scale: str, run: Run, where: str, given: Given | Non
     values: Values = {}
     figures: dict[str, Any] = {}
     threads = torch.get_num_threads()
-    # an arm on one thread is comparable with ranks of one thread, and as fast at these sizes
-    torch.set_num_threads(1)
+    if where == "cpu":
+        # an arm on one thread is comparable with ranks of one thread, and as fast at these sizes
+        torch.set_num_threads(1)
     try:
         with progress.bar(f"distzo2 {scale}", None, run.silent) as bar:
 
@@ -71,13 +83,14 @@ def measure(setting: Scale, scale: str, run: Run, where: str, given: Given | Non
                 return result
 
             if setting.shapes:
-                values |= _offloading(setting, arm, where)
+                values |= _one_device(setting, arm, where)
+                values |= _offloading(setting, arm, where, figures)
             elif given is not None:
                 values |= _paper(setting, arm, seeds, given, where, run)
             else:
-                rates = _rates(setting, arm)
-                values |= _equivalences(setting, arm, rates["zo"])
-                values |= _learning(setting, arm, seeds, rates, figures)
+                rates = _rates(setting, arm, where)
+                values |= _equivalences(setting, arm, rates["zo"], where)
+                values |= _learning(setting, arm, seeds, rates, figures, where)
                 values |= _timing(setting, arm, figures, threads)
     finally:
         torch.set_num_threads(threads)
@@ -93,25 +106,30 @@ def measure(setting: Scale, scale: str, run: Run, where: str, given: Given | Non
     )
 
 
-def _measurement(name: str, values: list[float] | None) -> Measurement:
-    """The mean over seeds or rounds and its standard error; nothing where this scale cannot tell."""
+def _measurement(name: str, values: list[float] | Rounds | None) -> Measurement:
+    """The mean over seeds and its standard error, or the median over rounds and half its 95 % interval; nothing where
+    this scale cannot tell."""
+    if isinstance(values, Rounds):
+        few = len(values.ratios) < 6  # no such interval
+        low, high = (0.0, 0.0) if few else median_interval(values.ratios)
+        return Measurement(CLAIMS[name], statistics.median(values.ratios), None if few else (high - low) / 2)
     if not values:
         return Measurement(CLAIMS[name], None)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Measurement(CLAIMS[name], statistics.mean(values), error)
 
 
-def _rates(setting: Scale, arm: Arm) -> dict[str, float]:
+def _rates(setting: Scale, arm: Arm, where: str) -> dict[str, float]:
     """Each method's learning rate, of as many tries, on a seed that is not evaluated."""
     task, config = setting.task, [dataclasses.asdict(setting.task), setting.tuning_steps]
-    zo = arm("rate zo", [*config, setting.zo_rates], lambda: _zo_rate(setting))
+    zo = arm("rate zo", [*config, setting.zo_rates], lambda: _zo_rate(setting, where))
     found = {"zo": zo["rate"]}
     for name, rates in (("adamw", setting.adamw_rates), ("lora", setting.lora_rates)):
         if rates:
 
             def run(rate: float, lora: int = LORA_RANKS[name]) -> dict[str, Any]:
                 # as long as the zeroth-order runs that chose theirs took
-                return tasks.first_order(task, rate, zo["seconds"], TUNING_SEED, lora)
+                return tasks.first_order(task, rate, zo["seconds"], TUNING_SEED, where, lora)
 
             choose = functools.partial(tasks.best_rate, rates, run)
             found[name] = arm(f"rate {name}", [*config, rates], functools.partial(_as_rate, choose))["rate"]
@@ -126,11 +144,11 @@ def _on_ranks(function: Callable[..., Any], world: int, arguments: dict[str, Any
     return {"ranks": run_ranks(function, world, arguments)}
 
 
-def _zo_rate(setting: Scale) -> dict[str, Any]:
+def _zo_rate(setting: Scale, where: str) -> dict[str, Any]:
     seconds: list[float] = []
 
     def run(rate: float) -> dict[str, Any]:
-        found = tasks.zeroth_order(setting.task, rate, setting.tuning_steps, TUNING_SEED)
+        found = tasks.zeroth_order(setting.task, rate, setting.tuning_steps, TUNING_SEED, where)
         seconds.append(found["seconds"])
         return found
 
@@ -138,40 +156,66 @@ def _zo_rate(setting: Scale) -> dict[str, Any]:
     return {"rate": rate, "seconds": statistics.mean(seconds)}
 
 
-def _equivalences(setting: Scale, arm: Arm, lr: float) -> Values:
+def _equivalences(setting: Scale, arm: Arm, lr: float, where: str) -> Values:
     """One process in memory and offloaded, and 2 and 4 ranks."""
     task, steps = setting.task, setting.equal_steps
     config = [dataclasses.asdict(task), steps, lr]
-    one = arm("single", config, lambda: equivalence.single(task, lr, steps, 0))
-    differing, weights = one["differing"], max(one["weights"], one["replayed"])
-    found: Values = {}
-    if setting.ranks:
-        arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": 0}
-        two, four = (
-            arm(f"{n} ranks", config, functools.partial(_on_ranks, equivalence.ranks, n, arguments))["ranks"][0]
-            for n in (2, 4)
-        )
-        differing += sum(a != b for a, b in zip(one["grads"], two["pertp"]["grads"], strict=True))
-        weights = max(weights, sum(a != b for a, b in zip(one["theta"], two["pertp"]["theta"], strict=True)))
-        sharded = (two["ddp"], four["ddp"], four["2d"])
-        found["shards"] = [max(equivalence.relative(part["pairs"]) for part in sharded)]
-        found["bytes"] = [max(part["bytes"] for part in (two["pertp"], *sharded))]
-        found["accuracy"] = [abs(four["run"]["accuracy"] - one["accuracy"])]
-    return {"same-steps": [float(differing)], "same-weights": [float(weights)], **found}
+    one = arm("single", config, lambda: equivalence.single(task, lr, steps, 0, where))
+    found = {"same-steps": [float(one["differing"])], "same-weights": [float(max(one["weights"], one["replayed"]))]}
+    if not setting.ranks:
+        return {**found}
+    arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": 0, "where": where}
+    two, four = (
+        arm(f"{n} ranks", config, functools.partial(_on_ranks, equivalence.ranks, n, arguments))["ranks"][0]
+        for n in (2, 4)
+    )
+    sharded = (two["ddp"], four["ddp"], four["2d"])
+    return {
+        **_with_pertp(one, two),
+        "shards": [max(equivalence.relative(part["pairs"]) for part in sharded)],
+        "bytes": [max(part["bytes"] for part in (two["pertp"], *sharded))],
+    }
+
+
+def _one_device(setting: Scale, arm: Arm, where: str) -> Values:
+    """The same steps of one process and of PertP on two that share a GPU, by gloo: nccl refuses them."""
+    task, steps, lr = setting.task, setting.equal_steps, setting.zo_rates[0]
+    config = [dataclasses.asdict(task), steps, lr]
+    one = arm("single", config, lambda: equivalence.single(task, lr, steps, 0, where))
+    arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": 0, "where": where}
+    two = arm("2 ranks", config, functools.partial(_on_ranks, equivalence.ranks, 2, arguments))["ranks"][0]
+    return {**_with_pertp(one, two), "bytes": [max(two["pertp"]["bytes"], two["ddp"]["bytes"])]}
+
+
+def _with_pertp(one: dict[str, Any], two: dict[str, Any]) -> Values:
+    """Steps and weights that differ between one process in memory, the same offloaded, its replay, and PertP."""
+    steps = sum(a != b for a, b in zip(one["grads"], two["pertp"]["grads"], strict=True))
+    weights = sum(a != b for a, b in zip(one["theta"], two["pertp"]["theta"], strict=True))
+    return {
+        "same-steps": [float(one["differing"] + steps)],
+        "same-weights": [float(max(one["weights"], one["replayed"], weights))],
+    }
 
 
 def _learning(
-    setting: Scale, arm: Arm, seeds: tuple[int, ...], rates: dict[str, float], figures: dict[str, Any]
+    setting: Scale,
+    arm: Arm,
+    seeds: tuple[int, ...],
+    rates: dict[str, float],
+    figures: dict[str, Any],
+    where: str,
 ) -> Values:
-    """The keyword task in memory, and first-order training for as long."""
+    """The keyword task in memory, and first-order training for as long; on ranks, and in the reference's order."""
     task, config = setting.task, [dataclasses.asdict(setting.task), setting.steps, rates]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in rates}
     for seed in seeds:
-        train_zo = functools.partial(tasks.zeroth_order, task, rates["zo"], setting.steps, seed)
+        train_zo = functools.partial(tasks.zeroth_order, task, rates["zo"], setting.steps, seed, where)
         zo = arm(f"keyword zo {seed}", config, train_zo)
         runs["zo"].append(zo)
         for name in [name for name in rates if name != "zo"]:
-            train = functools.partial(tasks.first_order, task, rates[name], zo["seconds"], seed, LORA_RANKS[name])
+            train = functools.partial(
+                tasks.first_order, task, rates[name], zo["seconds"], seed, where, LORA_RANKS[name]
+            )
             runs[name].append(arm(f"keyword {name} {seed}", config, train))
     figures["loss-seconds"] = seconds_plot(
         {name: [(run["seconds"], run["losses"]) for run in each] for name, each in runs.items()},
@@ -188,8 +232,25 @@ def _learning(
     if not setting.learns:
         return {}
     named = {"keyword": "zo", "adamw": "adamw", "lora": "lora"}
-    found = {claim: [LN2 - run["loss"] for run in runs.get(name, [])] for claim, name in named.items()}
-    return {**found, "keyword-accuracy": [run["accuracy"] for run in runs["zo"]]}
+    found: Values = {claim: [LN2 - run["loss"] for run in runs.get(name, [])] for claim, name in named.items()}
+    accuracies = {name: [run["accuracy"] for run in each] for name, each in runs.items()}
+    found |= {"keyword-accuracy": accuracies["zo"]}
+    found |= {f"accuracy-{name}": accuracies[name] for name in ("adamw", "lora") if name in accuracies}
+    return {**found, **_trained_alike(setting, arm, seeds[0], rates["zo"], runs["zo"][0]["accuracy"], where)}
+
+
+def _trained_alike(setting: Scale, arm: Arm, seed: int, lr: float, memory: float, where: str) -> Values:
+    """Accuracies after as many steps at one rate: on four ranks, in the reference's order, and `memory`, of one."""
+    if not setting.ranks:
+        return {}
+    task, steps = setting.task, setting.steps
+    config = [dataclasses.asdict(task), steps, lr, seed]
+    arguments = {"task": dataclasses.asdict(task), "lr": lr, "steps": steps, "seed": seed, "where": where}
+    ours = arm("2d run", config, functools.partial(_on_ranks, equivalence.run_2d, 4, arguments))["ranks"][0]
+    theirs = arm("reference run", config, functools.partial(tasks.reference, task, lr, steps, seed, where))
+    accuracies = {"2d": ours["accuracy"], "memory": memory, "reference": theirs["accuracy"]}
+    apart = max(abs(ours["accuracy"] - accuracies[name]) for name in ("memory", "reference"))
+    return {"accuracy": [apart], **{f"accuracy-{name}": [value] for name, value in accuracies.items()}}
 
 
 def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> Values:
@@ -207,11 +268,20 @@ def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> 
         figures["timeline"] = timeline_plot(spans, "One step, compute = upload: blocks by lane")
     found: Values = {"overlap": [100 * max(abs(p["measured"] / p["predicted"] - 1) for p in points)]}
     found["overlap-gain"] = [p["serial_measured"] / p["measured"] for p in points if p["ratio"] == 1]
+    options = dataclasses.asdict(setting.ablation)
+    left_out = arm("ablations", options, functools.partial(timing.ablations, **options))
+    ours = left_out["ours"]
+    for claim, name in (("deferred", "immediate"), ("overlap", "in turn"), ("naive", "naive")):
+        found[f"ablation-{claim}"] = [left_out[name] / ours]
+    found["ablation-amp"] = [ours / left_out["half"]]
     if not setting.ranks:
         return found
     sliced = dataclasses.asdict(setting.sliced)
-    four = arm("sliced", sliced, functools.partial(_on_ranks, timing.sliced, 4, sliced))["ranks"]
-    found["throughput"] = [four[0]["one"] / max(rank["all"] for rank in four)]
+    four = arm("four ranks sliced", sliced, functools.partial(_on_ranks, timing.sliced, 4, sliced))["ranks"]
+    slowest = {name: max(rank[name] for rank in four) for name in ("all", "whole", "ddp")}
+    found["throughput"] = [four[0]["one"] / slowest["all"]]
+    found["ablation-slices"] = [slowest["whole"] / slowest["all"]]
+    found["ablation-2d"] = [slowest["ddp"] / slowest["all"]]
     spans = timing.spans_of(four[0]["spans"])
     figures["timeline-sliced"] = timeline_plot(spans, "One step of rank 0 of 4, 2D with slices")
     pert = setting.pert
@@ -219,23 +289,32 @@ def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> 
     two = arm("pertp", arguments, functools.partial(_on_ranks, timing.pert_parallel, 2, arguments))["ranks"][0]
     cores = arm("cores", [arguments, threads], lambda: {"seconds": timing.all_cores(pert.shape, pert.rounds, threads)})
     for claim, name in (("pertp", "pertp"), ("ddp", "ddp"), ("cores-limit", "limit")):
-        found[claim] = [statistics.median(two["ratios"][name])]
+        found[claim] = Rounds(two["ratios"][name])
     found["pertp-cores"] = [cores["seconds"] / two["seconds"]["pertp"]]
     return found
 
 
-def _offloading(setting: Scale, arm: Arm, where: str) -> Values:
-    """The paper's shapes on a GPU: offloaded beside resident, and what stays allocated."""
-    found: Values = {"gpu-speed": [], "gpu-memory": []}
-    speeds = []
+def _offloading(setting: Scale, arm: Arm, where: str, figures: dict[str, Any]) -> Values:
+    """The paper's shapes on a GPU: offloaded beside resident, with parts left out, and what stays on the device."""
+    found: dict[str, list[float]] = {}
     for shape in setting.shapes:
-        long = arm(f"{shape} 8", where, functools.partial(offloading.beside_resident, shape, 8, 2048, where))
-        speeds.append(long["resident"] / long["offloaded"])
-        short = arm(f"{shape} 1", where, functools.partial(offloading.offloaded, shape, 1, 2048, where))
+        ours = arm(f"{shape} offloaded", where, functools.partial(offloading.offloaded, shape, where))
+        there = arm(f"{shape} resident", where, functools.partial(offloading.resident, shape, where))
+        short = ours["short"]["seconds"]
+        for claim, value in (
+            ("gpu-speed", there["long"]["seconds"] / ours["long"]["seconds"]),
+            ("gpu-naive", ours["naive"]["seconds"] / short),
+            ("gpu-overlap", ours["in turn"]["seconds"] / short),
+            ("gpu-deferred", ours["immediate"]["seconds"] / short),
+            ("gpu-line", ours["bytes"] / ours["bound"]["seconds"] / ours["line_rate"]),
+        ):
+            found.setdefault(claim, []).append(value)
+        spans = timing.spans_of(ours["spans"])
+        figures[f"timeline-{shape}"] = timeline_plot(spans, f"One step of {shape}, 1 x 128 tokens: transfers by lane")
         if shape == "opt-13b":
-            found["gpu-memory"] = [short["peak"] / 1e9]
-    found["gpu-speed"] = [min(speeds)] if speeds else []
-    return found
+            found["gpu-memory"] = [ours["short"]["used"] / 1e9]
+            found["gpu-allocated"] = [ours["short"]["peak"] / 1e9]
+    return {claim: [min(values)] for claim, values in found.items()}
 
 
 def _paper(setting: Scale, arm: Arm, seeds: tuple[int, ...], given: Given, where: str, run: Run) -> Values:

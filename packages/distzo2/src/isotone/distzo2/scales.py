@@ -34,6 +34,17 @@ class SlicedSetting:
 
 
 @dataclass(frozen=True)
+class AblationSetting:
+    """One rank, transfer-bound: seconds of a block's upload and dual forward, with parts of the method left out."""
+
+    layers: int = 12
+    width: int = 64
+    transfer: float = 0.03
+    compute: float = 0.006
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
 class PertSetting:
     """The model whose step is timed on one and two ranks."""
 
@@ -52,7 +63,8 @@ class PertSetting:
 @dataclass(frozen=True)
 class Scale:
     """`steps` of the keyword task; `tuning_steps` of each run that chooses a rate; `equal_steps` of the equivalences.
-    `ranks`: whether processes are started. `shapes`: of the offload measurements on a GPU."""
+    `ranks`: whether processes are started. `shapes`: of the offload measurements on a GPU. `device`: where it runs if
+    nothing else is said; what is small, or a model of hardware, has nothing to gain from a GPU."""
 
     seeds: tuple[int, ...]
     task: KeywordTask = KeywordTask()
@@ -65,10 +77,12 @@ class Scale:
     sweep: SweepSetting = SweepSetting()
     sliced: SlicedSetting = SlicedSetting()
     pert: PertSetting = PertSetting()
+    ablation: AblationSetting = AblationSetting()
     ranks: bool = True
     learns: bool = True
     shapes: tuple[str, ...] = ()
     needs_gpu: bool = False
+    device: str = "cpu"
     needs_model: bool = False
     paper_rates: tuple[float, ...] = field(default=())
 
@@ -83,12 +97,22 @@ SCALES = {
         adamw_rates=(3e-3,),
         lora_rates=(),
         sweep=SweepSetting((0.5, 2.0), layers=4, transfer=0.02, rounds=2),
+        ablation=AblationSetting(layers=4, transfer=0.02, compute=0.004, rounds=1),
         ranks=False,
         learns=False,
     ),
     "cpu": Scale((0, 1, 2)),
     # section 6 (b)
-    "gpu": Scale((0,), shapes=("opt-1.3b", "opt-6.7b", "opt-13b"), learns=False, ranks=False, needs_gpu=True),
+    "gpu": Scale(
+        (0,),
+        zo_rates=(1e-3,),
+        shapes=("opt-1.3b", "opt-6.7b", "opt-13b"),
+        learns=False,
+        needs_gpu=True,
+        device="auto",
+    ),
     # section 6 (c), on the user's OPT and examples
-    "paper": Scale((0,), learns=False, ranks=False, needs_model=True, needs_gpu=True, paper_rates=(1e-7, 1e-6)),
+    "paper": Scale(
+        (0,), learns=False, ranks=False, needs_model=True, needs_gpu=True, device="auto", paper_rates=(1e-7, 1e-6)
+    ),
 }

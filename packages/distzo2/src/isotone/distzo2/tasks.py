@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from isotone.distzo2.baselines import ReferenceMeZO
 from isotone.distzo2.config import ZOConfig
 from isotone.distzo2.data import KEYWORD_VOCAB, keyword_batch
+from isotone.distzo2.distributed import to_device
 from isotone.distzo2.engine import ZOEngine
 from isotone.distzo2.objective import model_loss
+from isotone.distzo2.rng import step_seed
 
 HELD_OUT_SEED = 1 << 40
 TUNING_TEXTS_SEED = 1 << 41
@@ -69,15 +72,16 @@ def score(model: Any, task: KeywordTask) -> dict[str, float]:
 
 
 def _judged(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    batch = to_device(batch, next(model.parameters()).device)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = torch.nn.functional.cross_entropy(logits.double(), batch["labels"])
     return {"loss": float(loss), "accuracy": 100 * float((logits.argmax(1) == batch["labels"]).double().mean())}
 
 
-def zeroth_order(task: KeywordTask, lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """The engine in memory for `steps` steps."""
+def zeroth_order(task: KeywordTask, lr: float, steps: int, seed: int, where: str) -> dict[str, Any]:
+    """The engine in memory for `steps` steps, on the device `where`."""
     model = keyword_model(task, seed)
-    engine = ZOEngine(model, ZOConfig(lr=lr, seed=seed))
+    engine = ZOEngine(model, ZOConfig(lr=lr, seed=seed), device=where)
     start = time.perf_counter()
     found = [engine.step(batch_of(task, seed, step)) for step in range(steps)]
     engine.flush()
@@ -85,9 +89,25 @@ def zeroth_order(task: KeywordTask, lr: float, steps: int, seed: int) -> dict[st
     return {**score(model, task), "losses": [s.loss for s in found], "seconds": seconds, "steps": steps}
 
 
-def first_order(task: KeywordTask, lr: float, seconds: float, seed: int, lora: int = 0) -> dict[str, Any]:
+def reference(task: KeywordTask, lr: float, steps: int, seed: int, where: str) -> dict[str, Any]:
+    """MeZO in the reference's order of passes, with the directions of torch's generator, for `steps` steps."""
+    model = keyword_model(task, seed).to(where)
+    method = ReferenceMeZO(model.named_parameters(), lr=lr)
+    losses: list[float] = []
+    start = time.perf_counter()
+    for step in range(steps):
+        batch = to_device(batch_of(task, seed, step), where)
+
+        def loss(batch: dict[str, Any] = batch) -> float:
+            return float(model_loss(model, batch)[0])
+
+        losses.append(method.step(loss, step_seed(seed, step)))
+    return {**score(model, task), "losses": losses, "seconds": time.perf_counter() - start, "steps": steps}
+
+
+def first_order(task: KeywordTask, lr: float, seconds: float, seed: int, where: str, lora: int = 0) -> dict[str, Any]:
     """AdamW on all parameters, or on LoRA factors of rank `lora` and the head, for as many `seconds`."""
-    model = keyword_model(task, seed)
+    model = keyword_model(task, seed).to(where)
     if lora:
         import peft
 
@@ -99,7 +119,7 @@ def first_order(task: KeywordTask, lr: float, seconds: float, seed: int, lora: i
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         optimizer.zero_grad(set_to_none=True)
-        loss, _ = model_loss(model, batch_of(task, seed, len(losses)))
+        loss, _ = model_loss(model, to_device(batch_of(task, seed, len(losses)), where))
         assert isinstance(loss, torch.Tensor)
         loss.backward()
         optimizer.step()

@@ -1,4 +1,7 @@
-"""Step times: overlap beside its model, slices over ranks under a modelled link, PertP on real cores (section 6 a)."""
+"""Step times: overlap beside its model, slices over ranks under a modelled link, PertP on real cores (section 6 a).
+
+All of it is of the host: the links are models of hardware, and the ranks share its cores, whatever GPU is there.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +58,23 @@ def mean_square(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int
     return model(batch["x"]).square().double().mean(), len(batch["x"])
 
 
-def step_seconds(engine: ZOEngine, batch: dict[str, Tensor], rounds: int) -> float:
-    """The median time of a step; on all ranks the slowest's, since they wait for one another."""
-    engine.step(batch)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+HOST = "cpu"
+"""Where everything here computes."""
+
+
+def step_seconds(engine: ZOEngine, batch: dict[str, Tensor], rounds: int, immediate: bool = False) -> float:
+    """The median time of a step; on all ranks the slowest's, since they wait for one another.
+
+    `immediate`: the update is applied at the end of its step, which brings and returns every block once more.
+    """
+
+    def step() -> None:
         engine.step(batch)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        if immediate:
+            engine.flush()
+
+    step()
+    return statistics.median(_once(step) for _ in range(rounds))
 
 
 def sweep(ratios: tuple[float, ...], layers: int, transfer: float, rounds: int, width: int = 32) -> dict[str, Any]:
@@ -72,17 +83,14 @@ def sweep(ratios: tuple[float, ...], layers: int, transfer: float, rounds: int, 
     `transfer`: seconds that the modelled link takes for a block. Compute is a dual forward that sleeps.
     """
     points, spans = [], []
-    bandwidth = 4 * width * (width + 1) / transfer
     batch = {"x": torch.randn(4, width)}
     for ratio in ratios:
         compute = ratio * transfer
         point = {"ratio": ratio}
         for name, overlap in (("measured", True), ("serial_measured", False)):
-            model = TimedLayers(layers, width, compute / 2, 4).eval()
-            link = ThrottledLink(bandwidth, overlap=overlap)
-            config = ZOConfig(lr=1e-3, offload="cpu", overlap=overlap)
-            engine = ZOEngine(model, config, objective=mean_square, link=link)
-            point[name] = step_seconds(engine, batch, rounds)
+            engine, _ = throttled(layers, width, transfer, compute, overlap=overlap)
+            # moving in turn is for comparison alone
+            point[name] = step_seconds(engine, batch, rounds if overlap else max(1, rounds // 2))
             if overlap and ratio == 1:
                 spans = record(engine, batch)
         point["predicted"] = pipeline_seconds([transfer, compute, transfer], layers)
@@ -100,13 +108,56 @@ def record(engine: ZOEngine, batch: dict[str, Tensor]) -> list[list[Any]]:
     return found
 
 
+def busy(rows: list[list[Any]]) -> dict[str, float]:
+    """The seconds that each lane worked, of what `record` gave: a lane does one thing at a time."""
+    found: dict[str, float] = {}
+    for lane, _, start, end in rows:
+        found[lane] = found.get(lane, 0.0) + end - start
+    return found
+
+
 def spans_of(rows: list[list[Any]]) -> list[Span]:
     """What `record` gave, as spans again."""
     return [Span(*row) for row in rows]
 
 
+def throttled(
+    layers: int, width: int, transfer: float, compute: float, rows: int = 4, **options: Any
+) -> tuple[ZOEngine, int]:
+    """An engine on timed layers behind a link that takes `transfer` seconds for an fp32 block; a block's bytes."""
+    size = 4 * width * (width + 1)
+    config = ZOConfig(lr=1e-3, offload="cpu", **options)
+    link = ThrottledLink(size / transfer, overlap=config.overlap)
+    model = TimedLayers(layers, width, compute / 2, rows).eval()
+    return ZOEngine(model, config, objective=mean_square, device=HOST, link=link), size
+
+
+ABLATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "ours": ({}, False),
+    "immediate": ({}, True),
+    "in turn": ({"overlap": False}, False),
+    "naive": ({"overlap": False}, True),
+    "half": ({"offload_dtype": torch.bfloat16, "stochastic_rounding": True}, False),
+}
+"""Options of the engine, and whether the update is applied at once: what section 2.12 asks to be left out in turn."""
+
+
+def ablations(layers: int, width: int, transfer: float, compute: float, rounds: int) -> dict[str, float]:
+    """Seconds of a transfer-bound step on one rank under one link model, with a part of the method left out.
+
+    `transfer`: seconds that the link takes for a block in fp32; `compute`: a block's dual forward.
+    """
+    batch = {"x": torch.randn(4, width)}
+    found = {}
+    for name, (options, immediate) in ABLATIONS.items():
+        engine, _ = throttled(layers, width, transfer, compute, **options)
+        found[name] = step_seconds(engine, batch, rounds, immediate)
+    return found
+
+
 def sliced(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A transfer-bound step of our own ZO2 engine on one rank, and of all ranks, 2D with slices, under one link model.
+    """A transfer-bound step of our own ZO2 engine on one rank, and of all ranks, 2D with slices, under one link model;
+    the same without slices ("whole"), and DDP with them ("ddp").
 
     The global batch is the same; the link's figures are a model of hardware, not this machine's.
     """
@@ -118,11 +169,12 @@ def sliced(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, width)}
 
-    def engine_on(mesh: Any) -> ZOEngine:
+    def engine_on(mesh: Any, slicing: bool | str = "auto") -> ZOEngine:
         torch.manual_seed(0)
         model = TimedLayers(layers, width, compute / 2, 8).eval()
         link = ThrottledLink(bandwidth, **options)
-        return ZOEngine(model, ZOConfig(lr=1e-3, offload="cpu"), mesh, objective=mean_square, link=link)
+        config = ZOConfig(lr=1e-3, offload="cpu", slicing=slicing)
+        return ZOEngine(model, config, mesh, objective=mean_square, device=HOST, link=link)
 
     found: dict[str, Any] = {}
     if rank == 0:
@@ -133,6 +185,9 @@ def sliced(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
     found["all"] = step_seconds(engine, own, rounds)
     found["spans"] = record(engine, own)
     found["bytes"] = dict(engine.link.bytes)
+    for name, pertp, slicing in (("whole", 2, False), ("ddp", 1, "auto")):
+        other = engine_on(init_mesh(pertp), slicing)
+        found[name] = step_seconds(other, shard(batch, other.ranks), rounds)
     return found
 
 
@@ -150,7 +205,7 @@ def lm_engine(shape: dict[str, int], mesh: Any) -> ZOEngine:
         ffn_dim=4 * shape["hidden"],
         max_position_embeddings=shape["length"] + 2,
     )
-    return ZOEngine(OPTForCausalLM(config).eval(), ZOConfig(lr=1e-6), mesh)
+    return ZOEngine(OPTForCausalLM(config).eval(), ZOConfig(lr=1e-6), mesh, device=HOST)
 
 
 def lm_batch(shape: dict[str, int]) -> dict[str, Tensor]:

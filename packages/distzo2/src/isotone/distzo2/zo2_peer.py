@@ -52,7 +52,9 @@ def main(given: dict) -> dict:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated()
-    return {"seconds": statistics.median(times[WARM:]), "peak": peak, "version": version("zo2")}
+    kept = times[WARM:]
+    seconds = {"seconds": statistics.median(kept), "fastest": min(kept), "slowest": max(kept)}
+    return {**seconds, "peak": peak, "version": version("zo2")}
 
 
 if __name__ == "__main__":
