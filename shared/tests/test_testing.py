@@ -10,6 +10,7 @@ from isotone.shared.testing import cores, kill_and_resume, readme_blocks, run_ra
 
 def test_ranks_share_a_group():
     assert run_ranks(workers.total, 2, 10) == [21.0, 21.0]
+    assert run_ranks(workers.total, 2, 10, preload=["torch"]) == [21.0, 21.0]
 
 
 def test_a_failing_rank_is_raised_here():

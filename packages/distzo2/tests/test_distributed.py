@@ -11,6 +11,8 @@ from isotone.distzo2.distributed import check_backend, checksum, init_mesh
 from isotone.shared.errors import InputError
 from isotone.shared.testing import run_ranks
 
+PRELOAD = ["torch", "transformers.models.opt.modeling_opt", "isotone.distzo2.training"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -26,7 +28,7 @@ def one(folder):
 @pytest.fixture(scope="module")
 def worlds(folder):
     """In this order: a checkpoint goes from 2 ranks to 3 to 4, and to one process."""
-    return {world: run_ranks(workers.everything, world, folder) for world in (2, 3, 4)}
+    return {world: run_ranks(workers.everything, world, folder, preload=PRELOAD) for world in (2, 3, 4)}
 
 
 ALL = [(world, name) for world in (2, 3, 4) for name in workers.CASES[world]]
@@ -151,7 +153,7 @@ def test_a_killed_rank_ends_all_with_one_message(folder):
     from pathlib import Path
 
     with pytest.raises(RuntimeError, match="rank 1: ended"):
-        run_ranks(workers.killed, 2, folder, timeout=30)
+        run_ranks(workers.killed, 2, folder, timeout=30, preload=PRELOAD)
     words = Path(folder, "rank-0").read_text()
     assert "another rank ended or did not answer" in words and len(words) < 250 and "/" not in words
 

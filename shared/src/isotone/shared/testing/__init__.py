@@ -47,17 +47,25 @@ def run_cli(app: Any, argv: Sequence[str], cwd: Path | None = None) -> Result:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    backend: str = "gloo",
+    timeout: float = 120,
+    preload: Sequence[str] = (),
 ) -> list[Any]:
     """Run `function(rank, world_size, *args)` in `world_size` spawned processes of one torch process group.
 
     The rendezvous is on loopback. `function` must be importable (tests/workers.py); what it returns is sent
     back pickled, tensors whole. A rank's exception is raised here as `RuntimeError` with its traceback, and the
-    other ranks are ended.
+    other ranks are ended. `preload`: modules that one process imports for all ranks of this and of later calls
+    (a fork server); nothing in them may have started a thread or touched a GPU when they are imported.
     """
     import multiprocessing
 
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(["__main__", *preload])
     # a rank that imports torch on a machine with more ranks than cores gains nothing from threads of its own
     threads = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     with tempfile.TemporaryDirectory() as folder, _environment(threads):
