@@ -29,7 +29,6 @@ from isotone.distzo2.config import ZOConfig
 from isotone.distzo2.engine import ZOEngine
 from isotone.distzo2.mezo import MeZO
 from isotone.distzo2.objective import model_loss
-from isotone.distzo2.offloading import tensor_by_tensor
 from isotone.distzo2.plots import timeline_plot
 from isotone.distzo2.ranks import run_ranks
 from isotone.distzo2.rng import step_seed
@@ -170,24 +169,26 @@ def _step_rows(
 
 
 def _small_offloaded(setting: Size, where: str, figures: dict[str, Any]) -> list[Ratio]:
-    """The same model with its blocks on the host: beside resident, and the shares of the lanes in a step."""
+    """The same model with its blocks on the host: beside resident and beside a copy for each tensor, and the shares of
+    the lanes in a step."""
     length = max(length for _, length in setting.batches)
-    models = [random_model(setting.layers, setting.hidden, setting.vocab, length).to(where) for _ in range(2)]
-    resident, moved = (
-        ZOEngine(model, ZOConfig(lr=1e-7, offload=offload), device=where)
-        for model, offload in zip(models, ("none", "cpu"), strict=True)
+    options: tuple[dict[str, Any], ...] = ({"offload": "cpu"}, {}, {"offload": "cpu", "flat_buckets": False})
+    models = [random_model(setting.layers, setting.hidden, setting.vocab, length).to(where) for _ in options]
+    moved, resident, tensors = (
+        ZOEngine(model, ZOConfig(lr=1e-7, **own), device=where) for model, own in zip(models, options, strict=True)
     )
     rows, length = setting.batches[0]
     batch = random_batch(setting.vocab, rows, length, where)
-    timed = compare(
-        partial(moved.step, batch), partial(resident.step, batch), rounds=setting.rounds, warmup=1, device=where
-    )
     work = f"a step offloaded, {_size(models[0])}"
-    peer = ("ZOEngine in memory", "this package")
-    ours = "ZOEngine, offloaded"
-    found = _step_rows(
-        f"offload-{rows}x{length}", f"{work}, {rows} x {length} tokens", ours, peer, timed, rows * length, None
-    )
+    found = []
+    for ident, name, other in (("offload", "in memory", resident), ("bucket", "a copy for each tensor", tensors)):
+        timed = compare(
+            partial(moved.step, batch), partial(other.step, batch), rounds=setting.rounds, warmup=1, device=where
+        )
+        peer, named = (f"ZOEngine, {name}", "this package"), f"{ident}-{rows}x{length}"
+        found += _step_rows(
+            named, f"{work}, {rows} x {length} tokens", "ZOEngine, offloaded", peer, timed, rows * length, None
+        )
     for rows, length in setting.batches:
         batch = random_batch(setting.vocab, rows, length, where)
         moved.step(batch)
@@ -202,7 +203,7 @@ def _small_offloaded(setting: Size, where: str, figures: dict[str, Any]) -> list
         figures[f"timeline-{rows}x{length}"] = timeline_plot(
             spans_of(spans[0]), f"One step, blocks offloaded, {rows} x {length} tokens"
         )
-    return [*found, *_bucket_row("small", tensor_by_tensor(moved, where, 20), _size(models[0]))]
+    return found
 
 
 def lane_rows(ident: str, work: str, lanes: dict[str, float], step: float) -> list[Ratio]:
@@ -217,23 +218,6 @@ def lane_rows(ident: str, work: str, lanes: dict[str, float], step: float) -> li
         *rows,
         Ratio(f"lanes-bound-{ident}", work, "the whole step", "its slowest lane alone", "", step, most, "s", None),
         Ratio(f"lanes-in-turn-{ident}", work, "the whole step", "its lanes in turn", "", step, total, "s", None),
-    ]
-
-
-def _bucket_row(ident: str, seconds: dict[str, float], model: str) -> list[Ratio]:
-    bucket, tensors = seconds["bucket"], seconds["tensors"]
-    return [
-        Ratio(
-            f"bucket-{ident}",
-            f"bringing a block of a model, {model}",
-            "flat buckets",
-            "a copy for each tensor",
-            "this package",
-            bucket,
-            tensors,
-            "s",
-            None,
-        )
     ]
 
 
@@ -364,8 +348,8 @@ def _offloaded(shape: str, where: str, zo2: Path | None) -> list[Ratio]:
     """A large shape offloaded: beside resident at 8 x 2048 tokens; at 1 x 2048 beside the authors' ZO2 in an
     environment of its own (it pins another transformers), and with a part of the method left out; at 1 x 128 beside
     the link alone."""
-    ours = offloading.offloaded(shape, where)
-    there = offloading.resident(shape, where)
+    ours = offloading.offloaded(shape, where, rounds=10)
+    there = offloading.resident(shape, where, rounds=10)
     long, short, bound = (
         f"{rows} x {length}" for rows, length in (offloading.LONG, offloading.SHORT, offloading.BOUND)
     )
@@ -381,7 +365,6 @@ def _offloaded(shape: str, where: str, zo2: Path | None) -> list[Ratio]:
         ("resident", "resident", long, ours["long"], there["long"], 0.95),
         ("resident-short", "resident", short, ours["short"], there["short"], None),
         ("serial", "in turn", short, ours["short"], ours["in turn"], None),
-        ("naive", "in turn, from pageable memory", short, ours["short"], ours["naive"], None),
         ("immediate", "updated at the end of each step", short, ours["short"], ours["immediate"], None),
     ):
         described = f"{work}, {batch} tokens {_ranges(mine, other)}"
@@ -398,7 +381,7 @@ def _offloaded(shape: str, where: str, zo2: Path | None) -> list[Ratio]:
         Ratio(f"line-rate-{shape}", f"{work}, {bound} tokens", *names, *line, "GB/s", 0.9, higher_is_better=True)
     )
     found += lane_rows(shape, f"{work}, {bound} tokens", ours["lanes"], ours["bound"]["seconds"])
-    return [*found, *_bucket_row(shape, ours["buckets"], f"{shape}, fp16")]
+    return found
 
 
 def _ranges(ours: dict[str, float], peer: dict[str, Any]) -> str:

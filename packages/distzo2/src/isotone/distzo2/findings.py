@@ -156,6 +156,7 @@ CLAIMS = {
             "min",
         ),
         _claim("gpu-overlap", "The same: moved in turn from pinned memory, over ours", "reported", "x", None, "min"),
+        _claim("gpu-buckets", "The same: a copy for each tensor, over ours", "reported", "x", None, "min"),
         _claim("gpu-deferred", "The same: updated at the end of each step, over ours", "reported", "x", None, "min"),
         _claim(
             "gpu-line",

@@ -59,10 +59,10 @@ def random_opt(shape: str, dtype: torch.dtype, length: int, where: str = "cpu") 
         torch.set_default_dtype(before)
 
 
-def engine_of(shape: str, length: int, where: str, offload: str) -> ZOEngine:
-    """An engine on a random OPT, fp16 on a GPU."""
+def engine_of(shape: str, length: int, where: str, **options: Any) -> ZOEngine:
+    """An engine on a random OPT, fp16 on a GPU; `options` of its config."""
     model = random_opt(shape, torch.float16 if where == "cuda" else torch.float32, length, where)
-    return ZOEngine(model, ZOConfig(lr=1e-7, offload=offload), device=where)
+    return ZOEngine(model, ZOConfig(lr=1e-7, **options), device=where)
 
 
 def timed(
@@ -96,13 +96,6 @@ def timed(
     return found
 
 
-def unpin(engine: ZOEngine) -> None:
-    """Let blocks rest in pageable memory, as the authors' code has them: a copy then holds the host."""
-    for buckets in engine.pipeline.rest:
-        buckets[:] = [resting.clone() for resting in buckets]
-    engine.pipeline.rest_again()
-
-
 def line_rate(elements: int, dtype: torch.dtype, where: str, rounds: int = _STEPS) -> float:
     """Bytes a second of one copy after another from pinned host memory to the device; on a CPU, of a plain copy."""
     source = torch.zeros(elements, dtype=dtype)
@@ -121,38 +114,15 @@ def line_rate(elements: int, dtype: torch.dtype, where: str, rounds: int = _STEP
     return source.numel() * source.element_size() / statistics.median(once() for _ in range(rounds))
 
 
-def tensor_by_tensor(engine: ZOEngine, where: str, rounds: int = _STEPS) -> dict[str, float]:
-    """Seconds to bring one block as its flat buckets, and a copy for each tensor of it from memory of its own."""
-    flats = engine.pipeline.rest[0]
-    entries = [entry for bucket in engine.layout.blocks[0].buckets for entry in bucket.entries]
-    parts = [torch.zeros(entry.shape, dtype=flats[0].dtype) for entry in entries]
-    if where == "cuda":  # pragma: no cover - needs a GPU
-        parts = [part.pin_memory() for part in parts]
-    found = {}
-    for name, sources in (("bucket", flats), ("tensors", parts)):
-        targets = [torch.empty_like(source, device=where) for source in sources]
-        times = []
-        for _ in range(1 + rounds):
-            start = time.perf_counter()
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-            if where == "cuda":  # pragma: no cover - needs a GPU
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        found[name] = statistics.median(times[1:])
-    return found
-
-
 def offloaded(
     shape: str, where: str, long: Batch = LONG, short: Batch = SHORT, bound: Batch = BOUND, rounds: int = _STEPS
 ) -> dict[str, Any]:
     """One engine that offloads, timed on a long and a short batch, and on one that the link alone holds up (`bound`);
-    then the short one with a part of the method left out: moved in turn, updated at once, and, "naive", in turn from
-    pageable memory.
+    then the short one updated at once, and moved in turn.
 
     `lanes`: seconds that each worked in a `bound` step; `bytes`: uploaded in it; `line_rate`: of the link alone.
     """
-    engine = engine_of(shape, max(long[1], short[1], bound[1]), where, "cpu")
+    engine = engine_of(shape, max(long[1], short[1], bound[1]), where, offload="cpu")
     found: dict[str, Any] = {"long": timed(engine, long, where, rounds), "short": timed(engine, short, where, rounds)}
     found["bound"] = timed(engine, bound, where, rounds)
     before = engine.link.bytes["upload"]
@@ -162,16 +132,32 @@ def offloaded(
     found["lanes"] = busy(found["spans"])
     largest = max((flat for buckets in engine.pipeline.rest for flat in buckets), key=len)
     found["line_rate"] = line_rate(len(largest), largest.dtype, where, rounds)
-    found["buckets"] = tensor_by_tensor(engine, where, rounds)
     found["immediate"] = timed(engine, short, where, rounds, immediate=True)
     engine.link.overlap = False
     found["in turn"] = timed(engine, short, where, rounds)
-    unpin(engine)
-    # several times as slow: fewer of them
-    found["naive"] = timed(engine, short, where, max(2, rounds // 4))
     engine.link.finish()
     del engine
     _free(where)
+    return found
+
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "naive": {"pin_memory": False, "overlap": False},
+    "tensors": {"flat_buckets": False},
+}
+"""ZO2-style moving, in turn from pageable memory; and a copy for each tensor (section 2.12)."""
+
+
+def left_out(shape: str, where: str, short: Batch = SHORT, rounds: int = _STEPS) -> dict[str, dict[str, float]]:
+    """The short batch with a part of the method left out, each by an engine of its own."""
+    found = {}
+    for name, options in LEFT_OUT.items():
+        engine = engine_of(shape, short[1], where, offload="cpu", **options)
+        # in turn is several times as slow: fewer of them
+        found[name] = timed(engine, short, where, max(2, rounds // 4) if name == "naive" else rounds)
+        engine.link.finish()
+        del engine
+        _free(where)
     return found
 
 
@@ -179,7 +165,7 @@ def resident(
     shape: str, where: str, long: Batch = LONG, short: Batch = SHORT, rounds: int = _STEPS
 ) -> dict[str, dict[str, float]]:
     """The same model and batches, all of it on the device."""
-    engine = engine_of(shape, max(long[1], short[1]), where, "none")
+    engine = engine_of(shape, max(long[1], short[1]), where, offload="none")
     found = {name: timed(engine, batch, where, rounds) for name, batch in (("long", long), ("short", short))}
     del engine
     _free(where)
@@ -190,7 +176,7 @@ def beside_resident(shape: str, rows: int, length: int, where: str, rounds: int 
     """Seconds a step of the same model, resident and offloaded."""
     found = {}
     for name, offload in (("resident", "none"), ("offloaded", "cpu")):
-        engine = engine_of(shape, length, where, offload)
+        engine = engine_of(shape, length, where, offload=offload)
         found[name] = timed(engine, (rows, length), where, rounds)["seconds"]
         engine.link.finish()
         del engine

@@ -300,10 +300,12 @@ def _offloading(setting: Scale, arm: Arm, where: str, figures: dict[str, Any]) -
     for shape in setting.shapes:
         ours = arm(f"{shape} offloaded", where, functools.partial(offloading.offloaded, shape, where))
         there = arm(f"{shape} resident", where, functools.partial(offloading.resident, shape, where))
+        without = arm(f"{shape} left out", where, functools.partial(offloading.left_out, shape, where))
         short = ours["short"]["seconds"]
         for claim, value in (
             ("gpu-speed", there["long"]["seconds"] / ours["long"]["seconds"]),
-            ("gpu-naive", ours["naive"]["seconds"] / short),
+            ("gpu-naive", without["naive"]["seconds"] / short),
+            ("gpu-buckets", without["tensors"]["seconds"] / short),
             ("gpu-overlap", ours["in turn"]["seconds"] / short),
             ("gpu-deferred", ours["immediate"]["seconds"] / short),
             ("gpu-line", ours["bytes"] / ours["bound"]["seconds"] / ours["line_rate"]),

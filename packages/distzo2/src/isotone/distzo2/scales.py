@@ -97,7 +97,7 @@ SCALES = {
         adamw_rates=(3e-3,),
         lora_rates=(),
         sweep=SweepSetting((0.5, 2.0), layers=4, transfer=0.02, rounds=2),
-        ablation=AblationSetting(layers=4, transfer=0.02, compute=0.004, rounds=1),
+        ablation=AblationSetting(layers=3, transfer=0.01, compute=0.002, rounds=1),
         ranks=False,
         learns=False,
     ),
