@@ -183,6 +183,14 @@ def test_parts_are_left_out_one_by_one(monkeypatch):
     }
 
 
+def test_slices_shorten_the_step_by_the_model():
+    """By hand: 12 blocks of 0.1 s to bring, 0.1 s back, 0.02 s of compute; a quarter each, and 3/4 of a block between
+    ranks at six times the rate."""
+    given = dataclasses.asdict(SCALES["cpu"].sliced)
+    assert timing.sliced_seconds(1, given) == pytest.approx(12 * 0.1 + 0.1 + 0.02)
+    assert timing.sliced_seconds(4, given) == pytest.approx(12 * 0.025 + 0.025 + 0.0125 + 0.005)
+
+
 def test_the_arms_of_a_gpus_shapes(small):
     """At a tiny size on the CPU: every claim has a figure, and what is left out changes no step."""
     setting, figures = dataclasses.replace(SCALES["gpu"], shapes=("tiny",)), {}

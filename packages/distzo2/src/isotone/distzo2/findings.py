@@ -61,6 +61,9 @@ CLAIMS = {
             1.0,
             paper=0.0,
         ),
+        _claim(
+            "keyword-tokens", "Keyword task, in memory, a thread: tokens a second", "reported", "tokens/s", None, "min"
+        ),
         _accuracy("2d", "2D with slices on 4 ranks, first seed"),
         _accuracy("memory", "MeZO on one process, in memory, first seed"),
         _accuracy("reference", "MeZO in the reference's order of passes with its own directions, first seed"),
@@ -104,6 +107,22 @@ CLAIMS = {
             2.5,
             "min",
             3.0,
+        ),
+        _claim(
+            "slices-law",
+            "The same two, one rank whole and four sliced: largest distance of the step time from N max(T) + fill (a "
+            "model of hardware)",
+            "section 6 (a) of the specification",
+            "%",
+            None,
+        ),
+        _claim(
+            "link-bytes",
+            "4 ranks, slices: bytes that a rank uploads in a step, of the model's blocks",
+            f"{PAPER}, section 6.1: 1/n",
+            "",
+            None,
+            paper=0.25,
         ),
         _ablation("slices", "4 ranks, 2D, transfer-bound: whole blocks on every rank over slices"),
         _ablation("2d", "4 ranks, slices, transfer-bound: DDP over 2D"),

@@ -234,7 +234,9 @@ def _learning(
     named = {"keyword": "zo", "adamw": "adamw", "lora": "lora"}
     found: Values = {claim: [LN2 - run["loss"] for run in runs.get(name, [])] for claim, name in named.items()}
     accuracies = {name: [run["accuracy"] for run in each] for name, each in runs.items()}
-    found |= {"keyword-accuracy": accuracies["zo"]}
+    found["keyword-accuracy"] = accuracies["zo"]
+    tokens = setting.steps * task.rows * task.length
+    found["keyword-tokens"] = [tokens / run["seconds"] for run in runs["zo"]]
     found |= {f"accuracy-{name}": accuracies[name] for name in ("adamw", "lora") if name in accuracies}
     return {**found, **_trained_alike(setting, arm, seeds[0], rates["zo"], runs["zo"][0]["accuracy"], where)}
 
@@ -280,6 +282,10 @@ def _timing(setting: Scale, arm: Arm, figures: dict[str, Any], threads: int) -> 
     four = arm("four ranks sliced", sliced, functools.partial(_on_ranks, timing.sliced, 4, sliced))["ranks"]
     slowest = {name: max(rank[name] for rank in four) for name in ("all", "whole", "ddp")}
     found["throughput"] = [four[0]["one"] / slowest["all"]]
+    predicted = {n: timing.sliced_seconds(n, sliced) for n in (1, 4)}
+    measured = {1: four[0]["one"], 4: slowest["all"]}
+    found["slices-law"] = [100 * max(abs(measured[n] / predicted[n] - 1) for n in predicted)]
+    found["link-bytes"] = [max(rank["uploaded"] for rank in four)]
     found["ablation-slices"] = [slowest["whole"] / slowest["all"]]
     found["ablation-2d"] = [slowest["ddp"] / slowest["all"]]
     spans = timing.spans_of(four[0]["spans"])

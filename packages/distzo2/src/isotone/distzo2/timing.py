@@ -184,11 +184,20 @@ def sliced(rank: int, world: int, arguments: dict[str, Any]) -> dict[str, Any]:
     own = shard(batch, engine.ranks)
     found["all"] = step_seconds(engine, own, rounds)
     found["spans"] = record(engine, own)
-    found["bytes"] = dict(engine.link.bytes)
+    blocks = 4 * width * (width + 1) * layers * engine.steps
+    found["uploaded"] = engine.link.bytes["upload"] / blocks
     for name, pertp, slicing in (("whole", 2, False), ("ddp", 1, "auto")):
         other = engine_on(init_mesh(pertp), slicing)
         found[name] = step_seconds(other, shard(batch, other.ranks), rounds)
     return found
+
+
+def sliced_seconds(ranks: int, arguments: dict[str, Any]) -> float:
+    """What the model of the link predicts for a step of `sliced`: whole on one rank, or 2D and slices on four."""
+    transfer, exchange = arguments["transfer"], arguments["exchange"]
+    received = transfer / exchange * (ranks - 1) / ranks
+    lanes = [transfer / ranks, received, arguments["compute"] / ranks, transfer / ranks]
+    return pipeline_seconds(lanes, arguments["layers"])
 
 
 def lm_engine(shape: dict[str, int], mesh: Any) -> ZOEngine:
