@@ -42,7 +42,8 @@ from isotone.shared.errors import InputError
 
 @dataclass(frozen=True)
 class Size:
-    """What is timed: a shape, batches of rows and tokens, rounds; `target`: the in-memory ratio to reach."""
+    """What is timed: a shape, batches of rows and tokens, rounds; `target`: the in-memory ratio to reach;
+    `link_layers`: blocks behind the modelled link, as many as OPT-13B has (with few, the fill is what is measured)."""
 
     layers: int
     hidden: int
@@ -51,7 +52,7 @@ class Size:
     rounds: int
     target: float | None
     shapes: tuple[str, ...] = ()
-    link_layers: int = 12
+    link_layers: int = 40
 
 
 SIZES = {
