@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -376,7 +376,7 @@ class ZOEngine:
 
         def call() -> Any:
             mixed = torch.autocast(kind, dtype, enabled=cast, cache_enabled=False)
-            with torch.no_grad(), torch.cuda.stream(stream), mixed:
+            with torch.no_grad(), mixed, nullcontext() if stream is None else torch.cuda.stream(stream):
                 return function()
 
         return call
