@@ -142,6 +142,38 @@ def test_torn_weights_are_passed_over_and_taken_again(tear, tmp_path):
     assert torch.equal(models.state_flat(again.trained_state()), models.state_flat(whole.trained_state()))
 
 
+def test_a_run_does_not_end_before_its_checkpoint(tmp_path):
+    run(tmp_path, 4)
+    with pytest.raises(InputError, match="steps of at least 4"):
+        run(tmp_path, 2)
+    assert load_run(tmp_path)[0].step == 4
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    """Two runs after one another: what the first wrote goes, what is a user's stays."""
+    for name in ("weights-2024", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".weights-00000009.tmp").mkdir()
+    run(tmp_path, 2)
+    engine = ZOEngine(models.make(), ZOConfig(lr=1e-2))
+    train(engine, lambda t: models.batch(seed=t), 1, folder=tmp_path, resume=False)
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {"weights-2024", "notes", "weights-00000001"}
+
+
+def test_weights_are_read_once(tmp_path, monkeypatch):
+    run(tmp_path, 2)
+    reads = []
+    read = Tensors.__getitem__
+    monkeypatch.setattr(Tensors, "__getitem__", lambda self, name: (reads.append(name), read(self, name))[1])
+    engine, _ = run(tmp_path, 2)
+    # the array checker of the tests reads one more where a function takes them
+    assert set(reads) == set(engine.layout.trained) and len(reads) < 2 * len(engine.layout.trained)
+    with pytest.raises(InputError, match="of shape"):
+        other = ZOEngine(models.make("gpt2"), ZOConfig(lr=1e-2))
+        other.load_state_dict({name: torch.zeros(1) for name in other.layout.trained})
+
+
 def test_a_disk_that_fills_up_while_saving_loses_nothing(tmp_path, monkeypatch):
     from isotone.distzo2 import checkpoints
 

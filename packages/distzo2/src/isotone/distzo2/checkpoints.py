@@ -25,16 +25,20 @@ from isotone.shared.checkpoint import Checkpoint, CheckpointStore, atomic_write,
 from isotone.shared.errors import InputError
 
 _STEP = re.compile(r"step-(\d{8,})-[0-9a-f]{64}\.safetensors")
+_WEIGHTS = re.compile(r"(\.?)weights-(\d{8,})(?:\.tmp)?")
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors by name out of several safetensors files, each read when it is asked for."""
+    """Tensors by name out of several safetensors files, each read when it is asked for. `shapes`: of all of them."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with safe_open(path, "pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():
+                    self._files[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as file:
@@ -95,21 +99,23 @@ def save_run(engine: ZOEngine, store: CheckpointStore | None, arrays: dict[str, 
     engine.wire.together(finish)
 
 
-def load_run(folder: str | os.PathLike[str], writes: bool = False) -> tuple[Checkpoint, Tensors] | None:
-    """The newest whole checkpoint in `folder` and its weights, or None.
-
-    A torn one is passed over with a warning; where this process `writes`, it makes room for one of the same step.
-    """
+def load_run(folder: str | os.PathLike[str]) -> tuple[Checkpoint, Tensors] | None:
+    """The newest whole checkpoint in `folder` and its weights, or None; a torn one is passed over with a warning."""
     steps = {path: int(match[1]) for path in Path(folder).glob("step-*") if (match := _STEP.fullmatch(path.name))}
-    for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns), reverse=True):
+    for path in sorted(steps, key=lambda path: (steps[path], path.name), reverse=True):
         try:
             found = load_file(path, "torch")
             return found, _weights(found, Path(folder) / f"weights-{steps[path]:08d}")
         except InputError as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
-            if writes:
-                path.unlink(missing_ok=True)
     return None
+
+
+def forget_after(store: CheckpointStore, step: int) -> None:
+    """Delete the checkpoints past `step`, which `load_run` passed over: they would stand in the way of new ones."""
+    for path in store.directory.glob("step-*"):
+        if (match := _STEP.fullmatch(path.name)) and int(match[1]) > step:
+            path.unlink(missing_ok=True)
 
 
 def _weights(found: Checkpoint, folder: Path) -> Tensors:
@@ -133,7 +139,7 @@ def clear_runs(store: CheckpointStore) -> None:
 def _prune(folder: Path) -> None:
     """Delete the weights of steps that have no checkpoint."""
     kept = {int(match[1]) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name))}
-    for path in [*folder.glob("weights-*"), *folder.glob(".weights-*.tmp")]:
-        step = path.name.removeprefix(".").removeprefix("weights-").removesuffix(".tmp")
-        if path.name.startswith(".") or (step.isdigit() and int(step) not in kept):
+    for path in folder.iterdir():
+        match = _WEIGHTS.fullmatch(path.name)
+        if match and (match[1] or int(match[2]) not in kept):
             shutil.rmtree(path, ignore_errors=True)

@@ -219,11 +219,13 @@ class ZOEngine:
         """
         units = [*self.layout.blocks, self.layout.resident]
         wanted = {e.name: e for unit in units for bucket in unit.buckets if bucket.trainable for e in bucket.entries}
+        # files say shapes without being read
+        shapes = getattr(state, "shapes", None) or {name: value.shape for name, value in state.items()}
         for name, entry in wanted.items():
-            if name not in state:
+            if name not in shapes:
                 raise InputError(f"expected {name} in the state, found none")
-            if state[name].shape != entry.shape:
-                raise InputError(f"expected {name} of shape {tuple(entry.shape)}, got {tuple(state[name].shape)}")
+            if tuple(shapes[name]) != tuple(entry.shape):
+                raise InputError(f"expected {name} of shape {tuple(entry.shape)}, got {tuple(shapes[name])}")
         self.pending = None
         self.pipeline.begin(None)
         self.pipeline.load(state)
@@ -386,7 +388,8 @@ class ZOEngine:
         directions = self.config.n_directions
         values = [0.0] * (2 * directions + 1)
         for (direction, sign), (loss, count) in zip(self._streams, losses, strict=True):
-            values[2 * direction + sign] += loss * count
+            # a shard that asks for nothing may say NaN
+            values[2 * direction + sign] += loss * count if count else 0.0
         values[-1] = float(losses[0][1]) if losses and self.ranks.counts_terms else 0.0
         *sums, terms = self._sum(values)
         if terms == 0:
@@ -479,6 +482,6 @@ def _device(model: nn.Module, config: ZOConfig, device: torch.device | str | Non
     if device is not None:
         return torch.device(device)
     here = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if config.offload != "none" and torch.cuda.is_available():  # pragma: no cover - needs a GPU
+    if here.type == "cpu" and config.offload != "none" and torch.cuda.is_available():  # pragma: no cover - a GPU's
         return torch.device("cuda", torch.cuda.current_device())
     return here

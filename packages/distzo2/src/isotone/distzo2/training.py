@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isotone.distzo2.checkpoints import clear_runs, load_run, save_run
+from isotone.distzo2.checkpoints import clear_runs, forget_after, load_run, save_run
 from isotone.distzo2.distributed import shard, to_device
 from isotone.distzo2.engine import ZOEngine, ZOStep
 from isotone.shared.checkpoint import Checkpoint, CheckpointStore
@@ -78,7 +78,9 @@ def train(
     with ExitStack() as stack:
         store = engine.wire.together(partial(_store, stack, folder, engine.ranks.rank == 0))
         if folder is not None and resume:
-            _resume(engine, folder, identity, history)
+            _resume(engine, folder, identity, history, steps)
+            if store is not None:
+                forget_after(store, engine.steps)
         elif store is not None:
             clear_runs(store)
         while engine.steps < steps:
@@ -117,8 +119,10 @@ def _save(engine: ZOEngine, store: CheckpointStore | None, identity: dict[str, A
     save_run(engine, store, engine.trajectory.arrays(), {**state, "scores": scores})
 
 
-def _resume(engine: ZOEngine, folder: str | os.PathLike[str], identity: dict[str, Any], history: History) -> None:
-    found = engine.wire.together(partial(_newest, folder, identity, engine.ranks.rank == 0))
+def _resume(
+    engine: ZOEngine, folder: str | os.PathLike[str], identity: dict[str, Any], history: History, steps: int
+) -> None:
+    found = engine.wire.together(partial(_newest, folder, identity, steps))
     step, digest = (-1, 0) if found is None else (found[0].step, zlib.crc32(found[0].path.name.encode()))
     if engine.wire.differing(torch.tensor([step, digest])):
         raise InputError(
@@ -135,11 +139,15 @@ def _resume(engine: ZOEngine, folder: str | os.PathLike[str], identity: dict[str
 
 
 def _newest(
-    folder: str | os.PathLike[str], identity: dict[str, Any], writes: bool
+    folder: str | os.PathLike[str], identity: dict[str, Any], steps: int
 ) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
-    found = load_run(folder, writes)
+    found = load_run(folder)
     if found is None:
         return None
+    if found[0].step > steps:
+        raise InputError(
+            f"expected steps of at least {found[0].step}, those of the checkpoint in {os.fspath(folder)!r}, got {steps}"
+        )
     there = found[0].state["identity"]
     other = [name for name, value in identity.items() if there.get(name) != value]
     if other:
