@@ -1,0 +1,1 @@
+"""Side by side with the peers, beyond what `isotone quamba2 bench` runs. FILL"""
