@@ -59,8 +59,7 @@ def prepared():
 
 
 def integer(prepared, name):
-    model, ready = prepared(name)
-    return build(ready, model.config.to_dict())
+    return build(prepared(name)[1])
 
 
 def close(got, wanted):
@@ -316,7 +315,7 @@ def test_d_with_a_number_a_channel():
     for layer in model.backbone.layers:
         layer.mixer.D = torch.nn.Parameter(torch.randn(192))
     ready = prepare(model, calibration(), options(w_bits=8))
-    close(build(ready, model.config.to_dict())(ids()).logits, FakeQuamba(ready)(ids()))
+    close(build(ready)(ids()).logits, FakeQuamba(ready)(ids()))
 
 
 def test_other_models_are_refused(prepared, tmp_path):

@@ -33,15 +33,14 @@ class QuambaOutput:
 class QuambaForCausalLM(nn.Module):
     """A quantised Mamba or Mamba2 with its head (section 8). Made by `quantize` or `from_pretrained`.
 
-    `document`: the Hugging Face config it was quantised from, as JSON holds it. `tensors`: of `layout`. Not to be
-    trained, nor cast: `to` moves it to a device. Saved and loaded by `saving`, which also checks what it reads.
+    `source`: the Hugging Face config of the float model. `tensors`: of `layout`. Not to be trained, nor cast: `to`
+    moves it to a device. Saved and loaded by `saving`, which also checks what it reads.
     """
 
-    def __init__(
-        self, document: dict[str, Any], arch: Architecture, config: QuambaConfig, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, source: Any, config: QuambaConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.document, self.arch, self.config = document, arch, config
+        arch = Architecture.of(source)
+        self.source, self.arch, self.config = source, arch, config
         self.block_bits = config.block_bits(arch.layers)
         self.embedding = QuantEmbedding(within(tensors, "embedding"))
         self.blocks = nn.ModuleList(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
 from isotone.quamba2.linear import fold_output_scales, matmul_w4a8, matmul_w4a16, matmul_w8a8
-from isotone.quamba2.packing import embedding_rows, relative_scales, unpack_int4
+from isotone.quamba2.packing import dequantize_groups, embedding_rows, relative_scales, unpack_int4
 
 
 class Part(nn.Module):
@@ -83,9 +83,13 @@ class QuantLinear(nn.Module):
         bias = self.kept.get("bias")
         if self.bits == 4:
             return matmul_w4a16(values, self.kept.packed, self.kept.scales, bias)
-        if self.bits == 8:
-            return F.linear(values, self.kept.codes.float() * self._row_scales()[:, None], bias)
-        return F.linear(values, self.kept.weight, bias)
+        return F.linear(values, self.weight(), bias)
+
+    def weight(self) -> Float[Tensor, "rows columns"]:
+        """The dequantised weight."""
+        if self.bits == 4:
+            return dequantize_groups(unpack_int4(self.kept.packed), self.kept.scales)
+        return self.kept.codes.float() * self._row_scales()[:, None] if self.bits == 8 else self.kept.weight
 
 
 class QuantEmbedding(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +41,7 @@ def quantize(
     if in_place and held_out is not None:
         raise InputError("expected in_place=False where a held-out sample is compared with the float model")
     source = load(model)
-    document = source.config.to_dict()
-    made = build(prepare(source, calibration, config, folder, in_place, on_progress), document)
+    made = build(prepare(source, calibration, config, folder, in_place, on_progress))
     made.to(source.lm_head.weight.device)
     if held_out is not None:
         from isotone.quamba2.report import block_sqnr
@@ -53,8 +53,6 @@ def quantize(
     return made
 
 
-def build(prepared: Prepared, document: dict[str, Any]) -> QuambaForCausalLM:
-    """The quantised model of `prepared`, on the CPU. `document`: the float model's config as JSON holds it."""
-    document = {**document, "tie_word_embeddings": False}
-    document.pop("quantization_config", None)
-    return QuambaForCausalLM(document, prepared.arch, prepared.config, tensors_of(prepared))
+def build(prepared: Prepared) -> QuambaForCausalLM:
+    """The quantised model of `prepared`, on the CPU."""
+    return QuambaForCausalLM(copy.deepcopy(prepared.model.config), prepared.config, tensors_of(prepared))

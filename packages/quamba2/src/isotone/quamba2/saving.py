@@ -33,14 +33,15 @@ def save(model: Any, folder: str | Path) -> Path:
     if model.config.a_bits == "mixed":
         options["a16_blocks"] = [number for number, bits in enumerate(model.block_bits) if bits == 16]
     tensors = {name: values.to("cpu").contiguous() for name, values in model.tensors().items()}
-    facts = {"quant_method": METHOD, **options}
-    document = {**model.document, "architectures": ["QuambaForCausalLM"], "quantization_config": facts}
+    # as transformers writes it: infinities in a form that every reader takes
+    document = json.loads(model.source.to_json_string(use_diff=False))
+    document |= {"architectures": ["QuambaForCausalLM"], "quantization_config": {"quant_method": METHOD, **options}}
     atomic_write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     atomic_write(folder / "config.json", (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
     return folder
 
 
-def read(folder: str | Path) -> tuple[dict[str, Any], Architecture, QuambaConfig, dict[str, Tensor]]:
+def read(folder: str | Path) -> tuple[Any, QuambaConfig, dict[str, Tensor]]:
     """What `QuambaForCausalLM` is made of, out of a folder that `save` wrote.
 
     Raises `InputError` where there is none, another package's, a torn file, or tensors that the options do not ask for.
@@ -49,8 +50,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], Architecture, QuambaConfig
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    document = read_config(folder)
-    facts = document.pop("quantization_config", None)
+    facts = read_config(folder).get("quantization_config")
     if not isinstance(facts, dict) or facts.get("quant_method") != METHOD:
         raise InputError(f"expected a model that this package quantised in {str(folder)!r}, got another; quantize it")
     options = {key: value for key, value in facts.items() if key != "quant_method"}
@@ -58,20 +58,29 @@ def read(folder: str | Path) -> tuple[dict[str, Any], Architecture, QuambaConfig
         config = QuambaConfig.from_dict(options)
     except TypeError as error:
         raise InputError(f"expected options of QuambaConfig in {str(folder)!r}: {error}") from None
-    source = AutoConfig.for_model(**document)
-    arch = Architecture.of(source)
+    source = _source(folder)
     try:
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise InputError(f"expected a whole model.safetensors in {str(folder)!r}: {error}") from None
-    _check(tensors, source, arch, config, folder)
-    return document, arch, config, tensors
+    _check(tensors, source, config, folder)
+    return source, config, tensors
 
 
-def _check(tensors: dict[str, Tensor], source: Any, arch: Architecture, config: QuambaConfig, folder: Path) -> None:
+def _source(folder: Path) -> Any:
+    """The float model's config."""
+    try:
+        source: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"expected a whole config.json in {str(folder)!r}: {first}") from None
+    del source.quantization_config
+    return source
+
+
+def _check(tensors: dict[str, Tensor], source: Any, config: QuambaConfig, folder: Path) -> None:
     d_size = next((v.numel() for name, v in tensors.items() if name in ("blocks.0.D", "blocks.0.D_codes")), 0)
-    conv_bias = source.use_conv_bias
-    wanted = expected(arch, config, source.use_bias, conv_bias, d_size)
+    wanted = expected(Architecture.of(source), config, source.use_bias, source.use_conv_bias, d_size)
     if missing := sorted(set(wanted) - set(tensors)):
         raise InputError(f"expected every tensor of the model in {str(folder)!r}, {missing[0]} is missing")
     if strange := sorted(set(tensors) - set(wanted)):
