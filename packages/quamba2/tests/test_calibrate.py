@@ -144,6 +144,8 @@ def test_refusals():
         samples_of([[1, 61]], 4, 4, 61)
     with pytest.raises(InputError, match="float32"):
         samples_of([torch.ones(3)], 4, 4, 61)
+    with pytest.raises(InputError, match="at least one calibration sample"):
+        samples_of([[], torch.zeros(0, 3, dtype=torch.long)], 4, 4, 61)
     with pytest.raises(InputError, match="NaN"):
         Observer(Grouping.tensor(3)).update(torch.full((1, 1, 3, 1), float("nan")))
     with pytest.raises(InputError, match="got none"):

@@ -57,7 +57,7 @@ class Architecture:
             conv_kernel=config.conv_kernel,
             dt_rank=0 if mamba2 else int(config.time_step_rank),
             eps=config.layer_norm_epsilon,
-            dt_limit=tuple(config.time_step_limit) if mamba2 else (0.0, math.inf),
+            dt_limit=_pair(config.time_step_limit) if mamba2 else (0.0, math.inf),
             chunk=config.chunk_size if mamba2 else 256,
         )
 
@@ -81,6 +81,11 @@ class Architecture:
     def state_shape(self) -> tuple[int, ...]:
         """Of one sequence's SSM state: (h, p, N)."""
         return (self.heads, self.head_dim, self.state)
+
+
+def _pair(limit: Any) -> tuple[float, float]:
+    low, high = (float(value) for value in limit)
+    return low, high
 
 
 def check_kind(config: Any) -> None:

@@ -37,11 +37,11 @@ def samples_of(data: Iterable[Any], count: int, length: int, vocab: int) -> list
     found: list[Tensor] = []
     for item in data:
         ids = torch.as_tensor(item)
+        if not ids.numel():
+            continue
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
             raise InputError(f"expected samples of token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
-        for row in ids.reshape(-1, ids.shape[-1]):
-            if len(row):
-                found.append(row[None, :length].long().cpu())
+        found += [row[None, :length].long().cpu() for row in ids.reshape(-1, ids.shape[-1])]
         if len(found) >= count:
             break
     if not found:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
-from isotone.quamba2.linear import fold_output_scales, matmul_w4a8, matmul_w4a16, matmul_w8a8
+from isotone.quamba2.linear import matmul_w4a8, matmul_w4a16, matmul_w8a8
 from isotone.quamba2.packing import dequantize_groups, embedding_rows, relative_scales, unpack_int4
 
 
@@ -68,7 +68,9 @@ class QuantLinear(nn.Module):
         """
         rows = (self.rows if self.bits == 4 else self._row_scales()) * scale.reshape(())
         bias = self.kept.get("bias")
-        return (rows, bias) if steps is None else fold_output_scales(rows, bias, steps, [1] * len(rows))
+        if steps is None:
+            return rows, bias
+        return rows / steps, None if bias is None else bias / steps
 
     def int8(
         self, codes: Int8[Tensor, "b l columns"], epilogue: tuple[Tensor, Tensor | None], dtype: torch.dtype

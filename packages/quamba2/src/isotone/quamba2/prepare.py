@@ -81,7 +81,7 @@ def prepare(
     if needed and calibration is None:
         raise InputError("expected calibration samples of token ids for static scales and GPTQ, got none")
     count, length = max(config.calib_samples, config.gptq_samples), max(config.calib_len, config.gptq_len)
-    samples = samples_of(calibration or (), count, length, arch.vocab) if needed else []
+    samples = [] if calibration is None or not needed else samples_of(calibration, count, length, arch.vocab)
     short = [sample[:, : config.calib_len] for sample in samples[: config.calib_samples]]
     model = (model if in_place else copy.deepcopy(model)).float().eval()
 

@@ -17,7 +17,7 @@ from isotone.shared.errors import check_count
 @dataclass(frozen=True)
 class Profile:
     """`ttft`: seconds from a prompt of `prompt` tokens to the first new one; `tpot`: seconds a token after it, both
-    medians of `rounds`. `weight_bytes` as saved, `float16_bytes` unquantised; `state_bytes` of all `batch` sequences."""
+    medians of `rounds`. `weight_bytes` as saved, `float16_bytes` unquantised; `state_bytes` of all sequences."""
 
     batch: int
     prompt: int
