@@ -8,6 +8,7 @@ nearest, halves to even. Eight 4-bit codes are packed in an int32, the first in 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float16, Int, Int8, Int32, UInt8
@@ -165,6 +166,27 @@ def embedding_rows(
     rows = codes[ids]
     values = unpack_int4(rows).to(torch.float32) - ZERO if codes.dtype == torch.int32 else rows.to(torch.float32)
     return values * scales[ids][..., None]
+
+
+@dataclass(frozen=True)
+class ScanScales:
+    """Static scales of the int8 scan (section 2, "Precision map").
+
+    `labels`: which of the K = G m n scales a channel has; zeros for one scale. `x` (K,): steps of x. `B`, `C` (G,): a
+    step for each SSM group (PerSG), or (1,) for all. `dt`: (1,) or a step for each head (h,). `state` (K, N): steps of
+    the state, or (K, 1); None where the state stays in float32.
+    """
+
+    labels: Int[Tensor, "h p"]
+    x: Float[Tensor, " K"]
+    B: Float[Tensor, " groups_B"]
+    C: Float[Tensor, " groups_C"]
+    dt: Float[Tensor, " heads"]
+    state: Float[Tensor, "K states"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels.numel() and int(self.labels.max()) >= len(self.x):
+            raise InputError(f"expected labels below the {len(self.x)} scales, got {int(self.labels.max())}")
 
 
 def _top(bits: int) -> int:

@@ -12,40 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from isotone.quamba2 import triton_ssd
+from isotone.quamba2.packing import ScanScales
 from isotone.quamba2.triton_kernels import takes
 from isotone.shared.errors import InputError
 
 CPU_CHUNK = 64  # within a chunk the work grows with its square: on a CPU longer ones are slower
 _SCAN_NUMBERS = 1 << 18  # of a buffer of `selective_scan`: it stays in the cache
-
-
-@dataclass(frozen=True)
-class ScanScales:
-    """Static scales of the int8 scan (section 2, "Precision map").
-
-    `labels`: which of the K = G m n scales a channel has; zeros for one scale. `x` (K,): steps of x. `B`, `C` (G,): a
-    step for each SSM group (PerSG), or (1,) for all. `dt`: (1,) or a step for each head (h,). `state` (K, N): steps of
-    the state, or (K, 1); None where the state stays in float32.
-    """
-
-    labels: Int[Tensor, "h p"]
-    x: Float[Tensor, " K"]
-    B: Float[Tensor, " groups_B"]
-    C: Float[Tensor, " groups_C"]
-    dt: Float[Tensor, " heads"]
-    state: Float[Tensor, "K states"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.labels.numel() and int(self.labels.max()) >= len(self.x):
-            raise InputError(f"expected labels below the {len(self.x)} scales, got {int(self.labels.max())}")
 
 
 def ssd_sequential(

@@ -7,6 +7,7 @@ of sums and differences in registers, Paley's one product with a matrix of ones 
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ if HAVE_TRITON:
     from isotone.quamba2.triton_kernels import to_int8
 
     @triton.jit
+    @no_type_check
     def _transform_quantize(
         x,
         paley,

@@ -1,11 +1,13 @@
 """The kernel that adds, norms and quantises in one pass, and what all Triton kernels of this package share.
 
-TRITON_INTERPRET=1 runs them without a GPU. The other kernels: `triton_hadamard`, `triton_linear`, `triton_ssd`.
+TRITON_INTERPRET=1 runs them without a GPU. The array checker leaves them alone: its wrappers can not be compiled. The
+other kernels: `triton_hadamard`, `triton_linear`, `triton_ssd`.
 """
 
 from __future__ import annotations
 
 import os
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -38,12 +40,14 @@ def power_of_two(n: int, least: int = 1) -> int:
 if HAVE_TRITON:
 
     @triton.jit
+    @no_type_check
     def to_int8(values):
         """Nearest, halves to even, clamped: adding 1.5 * 2^23 leaves a float32 no bits for a fraction."""
         clamped = tl.minimum(tl.maximum(values, -128.0), 127.0)
         return ((clamped + 12582912.0) - 12582912.0).to(tl.int8)
 
     @triton.jit
+    @no_type_check
     def _add_rms_norm(
         hidden,
         residual,

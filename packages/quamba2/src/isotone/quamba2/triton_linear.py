@@ -7,6 +7,8 @@ bits are those of the plain form (no fused multiply-add, the same rounding).
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ if HAVE_TRITON:
     from isotone.quamba2.triton_kernels import to_int8
 
     @triton.jit
+    @no_type_check
     def _w4a16_row(
         x,
         packed,
@@ -53,6 +56,7 @@ if HAVE_TRITON:
         tl.store(out + row * outputs + n, total.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
+    @no_type_check
     def _w4a16(
         x,
         packed,
@@ -89,6 +93,7 @@ if HAVE_TRITON:
         tl.store(place, total.to(out.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
 
     @triton.jit
+    @no_type_check
     def _int8(
         x,
         weights,

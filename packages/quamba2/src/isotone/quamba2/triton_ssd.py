@@ -7,15 +7,13 @@ The step reads and writes the state once. Scales of x and the state are looked u
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import no_type_check
 
 import torch
 from torch import Tensor
 
+from isotone.quamba2.packing import ScanScales
 from isotone.quamba2.triton_kernels import HAVE_TRITON, power_of_two
-
-if TYPE_CHECKING:
-    from isotone.quamba2.ssd import ScanScales
 
 CHUNK = 64
 _LARGEST = 3.0e38  # stands for an infinite limit
@@ -27,6 +25,7 @@ if HAVE_TRITON:
     from isotone.quamba2.triton_kernels import to_int8
 
     @triton.jit
+    @no_type_check
     def _softplus(v):
         """max(v, 0) + log1p(exp(-|v|)), the logarithm as 2 artanh(u / (2 + u)): small ones keep their digits."""
         u = tl.exp(-tl.abs(v))
@@ -42,6 +41,7 @@ if HAVE_TRITON:
         return tl.maximum(v, 0.0) + 2.0 * s * series
 
     @triton.jit
+    @no_type_check
     def _chunk_scan(
         x,
         dt,
@@ -168,6 +168,7 @@ if HAVE_TRITON:
             tl.store(last + place, state.to(last.dtype.element_ty), mask=inside)
 
     @triton.jit
+    @no_type_check
     def _step(
         state,
         x,
