@@ -16,7 +16,7 @@ BAD = [
     (["quantize", "quantized", "--text", "text.txt"], "quantised already"),
     (["quantize", "model", "--text", "missing.txt"], "missing.txt"),
     (["quantize", "model", "--text", "empty.txt"], "2 tokens"),
-    (["quantize", "model"], "calibration samples"),
+    (["quantize", "model", "--group-size", "32"], "calibration samples"),
     (["quantize", "model", "--text", "text.txt"], "group_size"),
     ([*_QUANTIZE, "--mode", "w2a8"], "w2a8"),
     ([*_QUANTIZE, "--hadamard", "some"], "some"),

@@ -173,7 +173,6 @@ def test_refusals():
         ({"group_size": 0}, "group_size"),
         ({"gptq_dampening": 0.0}, "gptq_dampening"),
         ({"x_percentile": 1.5}, "x_percentile"),
-        ({"gptq": 1}, "gptq"),
         ({"a16_blocks": (1,)}, "a_bits 'mixed'"),
         ({"a_bits": "mixed", "a16_blocks": (1, 1)}, "without repetition"),
         ({"a_bits": "mixed", "a16_blocks": (-1,)}, "a16_blocks"),

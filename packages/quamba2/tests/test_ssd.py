@@ -190,8 +190,11 @@ def int8_case(seed=0, length=14, states="table", per_head=True):
     peaks = torch.zeros(6).index_reduce_(0, labels.flatten(), x.abs().amax((0, 1)).flatten(), "amax")
     dt_scale = (raw - bias).abs().amax((0, 1)) / 127 if per_head else ((raw - bias).abs().amax() / 127).reshape(1)
     B_scale, C_scale = (v.abs().amax((0, 1, 3)) / 127 for v in (B, C))
-    _, last = ssd_chunk_scan(x, dt, A, B, C, D)
-    table = torch.stack([last.permute(1, 2, 0, 3)[labels == k].abs().amax((0, 1)) for k in range(6)]) / 100
+    # of the states after every token: a state that has grown beyond its codes is clipped
+    peak = torch.stack(
+        [ssd_chunk_scan(x[:, :t], dt[:, :t], A, B[:, :t], C[:, :t], D)[1].abs() for t in range(1, length + 1)]
+    )
+    table = torch.stack([peak.amax(0).permute(1, 2, 0, 3)[labels == k].amax((0, 1)) for k in range(6)]) / 100
     table = {"table": table, "tensor": table.amax(1, keepdim=True), None: None}[states]
     scales = ScanScales(labels, peaks / 127, B_scale, C_scale, dt_scale, table)
     codes = (

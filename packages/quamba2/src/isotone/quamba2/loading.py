@@ -91,7 +91,7 @@ def _state_dict(folder: Path) -> dict[str, Tensor]:
             return load_file(tensors)
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"expected a whole checkpoint in {str(folder)!r}: {first}") from None
     raise InputError(f"expected model.safetensors or pytorch_model.bin in {str(folder)!r}, found none")

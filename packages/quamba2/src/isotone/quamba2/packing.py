@@ -32,6 +32,8 @@ def pack_int4(codes: UInt8[Tensor, "*rows n"]) -> Int32[Tensor, "*rows words"]:
         raise InputError(f"expected a multiple of 8 codes to pack, got {codes.shape[-1]}")
     if codes.numel() and int(codes.max()) > 15:
         raise InputError(f"expected codes from 0 to 15 to pack, got {int(codes.max())}")
+    if not codes.numel():
+        return codes.new_empty(*codes.shape[:-1], codes.shape[-1] // PER_WORD, dtype=torch.int32)
     pairs = codes.unflatten(-1, (-1, 2))
     # four bytes are a word, the lowest first, on every platform that torch runs on
     return (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)

@@ -53,6 +53,7 @@ def check_plan(plan: Plan, arch: Architecture, layer: int = 0) -> None:
         raise InputError(f"expected channels to stay in their head, the plan of layer {layer} moves one")
 
 
+@torch.no_grad()
 def permute(mixer: Any, arch: Architecture, plan: Plan) -> None:
     """Put `plan` into one mixer's weights, unchecked."""
     device = mixer.in_proj.weight.device
