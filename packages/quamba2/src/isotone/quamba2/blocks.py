@@ -20,7 +20,7 @@ from isotone.quamba2.forward import Cache, causal_conv, masked, scan_heads, time
 from isotone.quamba2.gated_norm import add_rms_norm, conv1d_silu, gated_rms_norm
 from isotone.quamba2.hadamard import hadamard_quantize, hadamard_transform
 from isotone.quamba2.layout import plan_of
-from isotone.quamba2.modules import Part, QuantLinear
+from isotone.quamba2.modules import Holder, Part, QuantLinear
 from isotone.quamba2.packing import dequantize, quantize_symmetric
 from isotone.quamba2.ssd import (
     ScanScales,
@@ -59,7 +59,7 @@ class _Steps:
     scan: ScanScales
 
 
-class QuantBlock(nn.Module):
+class QuantBlock(Holder):
     """One block over its tensors of `layout`; `bits`: of its activations, 8 or 16."""
 
     def __init__(self, arch: Architecture, config: QuambaConfig, tensors: Mapping[str, Tensor], bits: int) -> None:
@@ -67,7 +67,7 @@ class QuantBlock(nn.Module):
         self.arch, self.config = arch, config
         self.in_proj = QuantLinear(within(tensors, "in_proj"), list(arch.segments.values()))
         self.out_proj = QuantLinear(within(tensors, "out_proj"), [arch.hidden])
-        own = ("in_proj", "out_proj")
+        own: tuple[str, ...] = ("in_proj", "out_proj")
         if arch.kind == "mamba":
             own = (*own, "x_proj", "dt_proj")
             for name, rows in (("x_proj", arch.dt_rank + 2 * arch.state), ("dt_proj", arch.inner)):

@@ -21,7 +21,7 @@ Opt, Arg = typer.Option, typer.Argument
 FloatModel = Annotated[Path, Arg(help="a Hugging Face folder of a Mamba or Mamba2, or of a mamba_ssm checkpoint")]
 Quantized = Annotated[Path, Arg(help="a folder that quantize wrote")]
 Text = Annotated[Path, Opt(help="a text file")]
-MODES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, 16), "w4ax": (4, "mixed")}
+MODES: dict[str, tuple[int, int | str]] = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, 16), "w4ax": (4, "mixed")}
 
 
 @verb(app)

@@ -62,7 +62,7 @@ def _linear(name: str, weight: Weight, segments: list[int], bias: Tensor | None 
 
 def _block(prepared: Prepared, mixer: Any, number: int) -> dict[str, Tensor]:
     arch, config = prepared.arch, prepared.config
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, sizes in (("in_proj", list(arch.segments.values())), ("out_proj", [arch.hidden])):
         found |= _linear(name, prepared.weights[number, name], sizes, getattr(mixer, name).bias)
     if arch.kind == "mamba2":

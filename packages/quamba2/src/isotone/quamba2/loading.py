@@ -132,7 +132,7 @@ def from_mamba_ssm(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     model: Any
     if kind == "Mamba2":
         head = options.get("headdim", 64)
-        limit = {"time_step_limit": tuple(options["dt_limit"])} if "dt_limit" in options else {}
+        limit: dict[str, Any] = {"time_step_limit": tuple(options["dt_limit"])} if "dt_limit" in options else {}
         model = Mamba2ForCausalLM(
             Mamba2Config(
                 **sizes,

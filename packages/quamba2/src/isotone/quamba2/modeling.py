@@ -17,7 +17,7 @@ from isotone.quamba2.config import QuambaConfig
 from isotone.quamba2.fake import head_bits
 from isotone.quamba2.forward import Cache, check_ids, padding_mask
 from isotone.quamba2.gated_norm import add_rms_norm
-from isotone.quamba2.modules import QuantEmbedding, QuantLinear
+from isotone.quamba2.modules import Holder, QuantEmbedding, QuantLinear
 from isotone.quamba2.sampling import generate
 from isotone.shared.errors import InputError
 
@@ -30,7 +30,7 @@ class QuambaOutput:
     cache: Cache | None = None
 
 
-class QuambaForCausalLM(nn.Module):
+class QuambaForCausalLM(Holder):
     """A quantised Mamba or Mamba2 with its head (section 8). Made by `quantize` or `from_pretrained`.
 
     `source`: the Hugging Face config of the float model. `tensors`: of `layout`. Not to be trained, nor cast: `to`
@@ -56,7 +56,9 @@ class QuambaForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.blocks[0].labels.device
+        first: Any = self.blocks[0]
+        device: torch.device = first.labels.device
+        return device
 
     def new_cache(self) -> Cache:
         """An empty cache for `forward`."""
@@ -69,7 +71,8 @@ class QuambaForCausalLM(nn.Module):
         """
         if len(block_bits) != self.arch.layers or set(block_bits) - {8, 16}:
             raise InputError(f"expected 8 or 16 for each of {self.arch.layers} blocks, got {list(block_bits)}")
-        for block, bits in zip(self.blocks, block_bits, strict=True):
+        blocks: Any = self.blocks
+        for block, bits in zip(blocks, block_bits, strict=True):
             if block.bits != bits:
                 block.set_bits(bits)
         self.block_bits = tuple(block_bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,15 @@ from isotone.quamba2.linear import matmul_w4a8, matmul_w4a16, matmul_w8a8
 from isotone.quamba2.packing import dequantize_groups, embedding_rows, relative_scales, unpack_int4
 
 
-class Part(nn.Module):
+class Holder(nn.Module):
+    """A module whose members have been given by name."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class Part(Holder):
     """Tensors by name as buffers; a dot in a name opens an inner part."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -33,7 +42,7 @@ class Part(nn.Module):
         return self._buffers.get(name)
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Holder):
     """A projection of 4-bit, 8-bit or float weights, for int8 codes (`int8`) or float inputs (`forward`).
 
     `segments`: the sizes of the runs of rows that share a scale, of 8-bit weights and of int8 outputs.
@@ -66,7 +75,8 @@ class QuantLinear(nn.Module):
 
         `steps` (rows,): of an int8 output, into which both are folded (s_X / s_Y of section 2).
         """
-        rows = (self.rows if self.bits == 4 else self._row_scales()) * scale.reshape(())
+        second: Any = self.rows
+        rows = (second if self.bits == 4 else self._row_scales()) * scale.reshape(())
         bias = self.kept.get("bias")
         if steps is None:
             return rows, bias
@@ -77,7 +87,8 @@ class QuantLinear(nn.Module):
     ) -> Float[Tensor, "b l rows"] | Int8[Tensor, "b l rows"]:
         """The product with `codes`, and its `epilogue`, as float32 or, where that folds the output's steps, int8."""
         if self.bits == 4:
-            return matmul_w4a8(codes, self.kept.packed, self.relative, *epilogue, dtype)
+            second: Any = self.relative
+            return matmul_w4a8(codes, self.kept.packed, second, *epilogue, dtype)
         return matmul_w8a8(codes, self.kept.codes, *epilogue, dtype)
 
     def forward(self, values: Float[Tensor, "b l columns"]) -> Float[Tensor, "b l rows"]:
@@ -94,7 +105,7 @@ class QuantLinear(nn.Module):
         return self.kept.codes.float() * self._row_scales()[:, None] if self.bits == 8 else self.kept.weight
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(Holder):
     """Rows of 4, 8 or 16 bits with a scale a row."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

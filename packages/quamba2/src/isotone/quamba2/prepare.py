@@ -154,7 +154,8 @@ def _round_weights(prepared: Prepared, samples: list[Tensor], advance: Callable[
     hidden = [model.backbone.embeddings(ids.to(device)) for ids in batches(samples)]
     for number, layer in enumerate(model.backbone.layers):
         hessians = _Hessians(arch, device) if samples else None
-        for values in hidden if hessians else ():
+        for values in hidden if hessians is not None else ():
+            assert hessians is not None
             block(layer, arch, values, number, hessians, None, None, prepared.online)
         for name in ("in_proj", "out_proj"):
             linear = getattr(layer.mixer, name)
@@ -176,7 +177,8 @@ def _round_weights(prepared: Prepared, samples: list[Tensor], advance: Callable[
         prepared.weights[HEAD, "lm_head"] = int8_by_rows(model.lm_head.weight, [arch.vocab])
     elif config.lm_head_bits == 4:
         hessian = GPTQ(arch.hidden, device) if samples else None
-        for values in hidden if hessian else ():
+        for values in hidden if hessian is not None else ():
+            assert hessian is not None
             hessian.add(rms_norm(values, arch.eps))
         group = check_group(arch.hidden, config.group_size, "lm_head")
         rounded = quantize_weight(model.lm_head.weight, group, hessian, config.gptq_dampening)
