@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from isotone.quamba2.architecture import Architecture
 from isotone.quamba2.config import QuambaConfig
