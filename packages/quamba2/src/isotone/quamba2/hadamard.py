@@ -84,9 +84,9 @@ def hadamard_quantize(x: Float[Tensor, "*rows n"], scale: Float[Tensor, ""] | fl
     size = _block(x.shape[-1], False)
     base = _base(size)
     assert base is not None
-    # a product of tensor cores is at least 16 wide
-    if takes(x) and size <= triton_hadamard.WIDEST and (base == 1 or size >= 16 * base):
-        return triton_hadamard.transform_quantize(x, _signs(base, x.device), scale, transpose)
+    parts = triton_hadamard.splits(size, base)
+    if takes(x) and parts is not None:
+        return triton_hadamard.transform_quantize(x, _signs(parts[0], base, x.device), scale, transpose)
     y = hadamard_transform(x.to(torch.float32), transpose) / scale
     return torch.round(y).clamp(-128, 127).to(torch.int8)
 
@@ -124,10 +124,10 @@ def _factor(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(16)
-def _signs(order: int, device: torch.device) -> Tensor:
-    """Paley's matrix of that order, or that of order 1, as float32 numbers 1 and -1."""
+def _signs(order: int, base: int, device: torch.device) -> Tensor:
+    """The matrix of that order with Paley's factor of order `base`, as float32 numbers 1 and -1."""
     with torch.inference_mode(False):
-        return _paley(order).to(device, torch.float32)
+        return torch.kron(_paley(base), _sylvester(order // base)).to(device, torch.float32)
 
 
 def _sylvester(n: int) -> Tensor:

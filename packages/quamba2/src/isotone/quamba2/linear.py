@@ -35,7 +35,7 @@ def matmul_w4a16(
     group = _check_packed(x, packed, scales)
     rows = x.reshape(-1, x.shape[-1])
     if takes(x, packed, scales, bias) and triton_linear.takes_group(group):
-        out = triton_linear.matmul_w4a16(rows, packed, scales, bias)
+        out = triton_linear.matmul_w4a16(rows, packed, scales, _maybe(bias))
         return out.view(*x.shape[:-1], len(packed))
     wide = x.dtype if x.dtype == torch.float64 or x.is_cuda else torch.float32
     given = rows.to(wide)
@@ -61,7 +61,7 @@ def matmul_w8a8(
     _check_dtype(out_dtype)
     rows = x.reshape(-1, x.shape[-1])
     if takes(x, weights, scale, bias) and not _int_mm_takes(rows, weights):
-        out = triton_linear.matmul_int8(rows, weights, None, scale.float(), _float(bias), out_dtype)
+        out = triton_linear.matmul_int8(rows, weights, None, _float(scale), _maybe(bias), out_dtype)
     else:
         out = _finish(int_matmul(rows, weights), scale, bias, out_dtype)
     return out.view(*x.shape[:-1], len(weights))
@@ -84,7 +84,7 @@ def matmul_w4a8(
     group = _check_packed(x, packed, relative)
     rows = x.reshape(-1, x.shape[-1])
     if takes(x, packed, relative, scale, bias) and triton_linear.takes_group(group):
-        out = triton_linear.matmul_int8(rows, packed, relative, scale.float(), _float(bias), out_dtype)
+        out = triton_linear.matmul_int8(rows, packed, relative, _float(scale), _maybe(bias), out_dtype)
         return out.view(*x.shape[:-1], len(packed))
     out = torch.empty(len(rows), len(packed), dtype=out_dtype, device=x.device)
     for part in _row_blocks(packed.shape[0], x.shape[-1]):
@@ -100,7 +100,7 @@ def int_matmul(x: Int8[Tensor, "rows columns"], weights: Int8[Tensor, "out colum
     integers below 2^24 and so exact in any order.
     """
     if _int_mm_takes(x, weights):
-        return torch._int_mm(x, weights.T)
+        return torch._int_mm(x.contiguous(), weights.contiguous().T)
     total = torch.zeros(len(x), len(weights), dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[1], _EXACT):
         columns = slice(start, start + _EXACT)
@@ -150,8 +150,13 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _float(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.float()
+def _float(values: Tensor) -> Tensor:
+    """As a kernel reads it: float32, one number after the other."""
+    return values.float().contiguous()
+
+
+def _maybe(values: Tensor | None) -> Tensor | None:
+    return None if values is None else _float(values)
 
 
 def _check_packed(x: Tensor, packed: Tensor, scales: Tensor) -> int:

@@ -6,6 +6,7 @@ other kernels: `triton_hadamard`, `triton_linear`, `triton_ssd`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import no_type_check
 
@@ -21,15 +22,21 @@ except ImportError:  # pragma: no cover - there is a Triton on Linux
     HAVE_TRITON = False
 
 WIDEST_NORM = 32768  # a row is held in registers
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton too reads it once
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32)
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can work on these: a GPU's (or anything, in the interpreter), no float64, no gradient."""
+    """Whether the kernels can work on these: one GPU's (or anything, in the interpreter), no float64, no gradient."""
     given = [tensor for tensor in tensors if tensor is not None]
-    there = all(t.is_cuda for t in given) or os.environ.get("TRITON_INTERPRET") == "1"
+    there = INTERPRETED or (given[0].is_cuda and all(t.device == given[0].device for t in given))
     plain = all(t.dtype in KERNEL_DTYPES for t in given)
     return HAVE_TRITON and there and plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whichever the tensors' is: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -38,6 +45,8 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 if HAVE_TRITON:
+    # the interpreter, which keeps bfloat16 as integers, has no product of them
+    DOT: tl.constexpr = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
     @triton.jit
     @no_type_check
@@ -45,6 +54,21 @@ if HAVE_TRITON:
         """Nearest, halves to even, clamped: adding 1.5 * 2^23 leaves a float32 no bits for a fraction."""
         clamped = tl.minimum(tl.maximum(values, -128.0), 127.0)
         return ((clamped + 12582912.0) - 12582912.0).to(tl.int8)
+
+    @triton.jit
+    @no_type_check
+    def dot_exact(values, small):
+        """values @ small for float32 `values` and a bfloat16 `small` that holds its numbers exactly (signs, codes).
+
+        A float32 is the sum of three bfloat16, whose products with another are exact in float32: three products of
+        the fastest kind in place of three in TF32, and nothing is rounded but the sums.
+        """
+        first = values.to(tl.bfloat16)
+        rest = values - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+        kept = small.to(DOT)
+        return tl.dot(first.to(DOT), kept, tl.dot(second.to(DOT), kept, tl.dot(third.to(DOT), kept)))
 
     @triton.jit
     @no_type_check
@@ -97,19 +121,20 @@ def add_rms_norm(
     rows = hidden.numel() // max(1, width)
     if rows:
         block = power_of_two(width)
-        _add_rms_norm[(rows,)](
-            hidden,
-            hidden if residual is None else residual.contiguous(),
-            hidden if weight is None else weight,
-            out,
-            total,
-            hidden if scale is None else scalar(scale, hidden.device),
-            eps,
-            width,
-            ADD=residual is not None,
-            WEIGHT=weight is not None,
-            QUANTIZE=scale is not None,
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 256)),
-        )
+        with on_device(hidden):
+            _add_rms_norm[(rows,)](
+                hidden,
+                hidden if residual is None else residual.contiguous(),
+                hidden if weight is None else weight,
+                out,
+                total,
+                hidden if scale is None else scalar(scale, hidden.device),
+                eps,
+                width,
+                ADD=residual is not None,
+                WEIGHT=weight is not None,
+                QUANTIZE=scale is not None,
+                BLOCK=block,
+                num_warps=min(16, max(1, block // 256)),
+            )
     return out, total

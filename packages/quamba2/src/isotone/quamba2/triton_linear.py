@@ -1,7 +1,7 @@
 """Products with packed 4-bit and int8 weights in Triton (section 9, kernel 2).
 
-One row of float activations: a dot product for each output, every word of weights read once. More rows: tensor cores,
-with weights dequantised in registers. int8 activations: int8 tensor cores and int32 sums, scales in the epilogue, whose
+One row of activations: a dot product for each output, every word of weights read once, bound by memory. More rows:
+tensor cores, with weights expanded in registers. int8 activations: exact integer sums, scales in the epilogue, whose
 bits are those of the plain form (no fused multiply-add, the same rounding).
 """
 
@@ -12,13 +12,25 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from isotone.quamba2.triton_kernels import HAVE_TRITON, power_of_two
+from isotone.quamba2.triton_kernels import HAVE_TRITON, on_device, power_of_two
+
+ROW_WORDS = 128  # of a row of weights that a program of the one-row kernels reads at once
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
     from isotone.quamba2.triton_kernels import to_int8
+
+    @triton.jit
+    @no_type_check
+    def _code(word, PLACE: tl.constexpr):
+        """(q - 8) 16^PLACE of the code at PLACE 0 to 3, exactly: its bits as the last ones of a float near 2^23.
+
+        Neither shifted nor converted: a conversion takes four times as long as a sum.
+        """
+        raised = ((word & (15 << (4 * PLACE))) | 0x4B000000).to(tl.float32, bitcast=True)
+        return raised - (8388608.0 + (8 << (4 * PLACE)))
 
     @triton.jit
     @no_type_check
@@ -30,30 +42,91 @@ if HAVE_TRITON:
         out,
         outputs,
         words,
-        group_words,
+        GROUP_WORDS: tl.constexpr,
         BIAS: tl.constexpr,
         WORDS: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = tl.program_id(1).to(tl.int64)
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < outputs
         lanes = tl.arange(0, WORDS)
-        place = n.to(tl.int64)[:, None] * words + lanes[None, :]
-        source = x + row * words * 8 + lanes * 8
-        groups = words // group_words
-        total = tl.zeros((BLOCK_N,), tl.float32)
+        groups = words // GROUP_WORDS
+        total = tl.zeros((BLOCK_N, WORDS), tl.float32)
         for start in range(0, words, WORDS):
-            word = tl.load(packed + place + start, mask=inside[:, None], other=0)
+            at = start + lanes
+            there = at < words
+            both = inside[:, None] & there[None, :]
+            word = tl.load(packed + n[:, None] * words + at[None, :], mask=both, other=0)
+            step = tl.load(scales + n[:, None] * groups + (at // GROUP_WORDS)[None, :], mask=both, other=0.0)
             part = tl.zeros((BLOCK_N, WORDS), tl.float32)
-            for i in tl.static_range(8):
-                value = tl.load(source + start * 8 + i).to(tl.float32)
-                part += (((word >> (4 * i)) & 15) - 8).to(tl.float32) * value[None, :]
-            step = tl.load(scales + n * groups + start // group_words, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(part, 1) * step
+            for half in tl.static_range(2):
+                bits = word >> (16 * half)
+                for i in tl.static_range(4):
+                    value = tl.load(x + at * 8 + (4 * half + i), mask=there, other=0.0).to(tl.float32)
+                    part += _code(bits, i) * (value * (1.0 / (1 << (4 * i))))[None, :]
+            total += part * step.to(tl.float32)
+        result = tl.sum(total, 1)
         if BIAS:
-            total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * outputs + n, total.to(out.dtype.element_ty), mask=inside)
+            result += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + n, result.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    @no_type_check
+    def _w4a8_row(
+        x,
+        packed,
+        relative,
+        scale,
+        bias,
+        out,
+        outputs,
+        words,
+        GROUP_WORDS: tl.constexpr,
+        BIAS: tl.constexpr,
+        QUANTIZE: tl.constexpr,
+        WORDS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ):
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < outputs
+        lanes = tl.arange(0, WORDS)
+        groups = words // GROUP_WORDS
+        total = tl.zeros((BLOCK_N, WORDS), tl.int32)
+        for start in range(0, words, WORDS):
+            at = start + lanes
+            there = at < words
+            both = inside[:, None] & there[None, :]
+            word = tl.load(packed + n[:, None] * words + at[None, :], mask=both, other=0)
+            ratio = tl.load(relative + n[:, None] * groups + (at // GROUP_WORDS)[None, :], mask=both, other=0.0)
+            ratio = ratio.to(tl.float32)
+            # eight products of int8 numbers: a float32 holds their sum exactly
+            part = tl.zeros((BLOCK_N, WORDS), tl.float32)
+            for half in tl.static_range(2):
+                bits = word >> (16 * half)
+                for i in tl.static_range(4):
+                    value = tl.load(x + at * 8 + (4 * half + i), mask=there, other=0).to(tl.float32)
+                    # 4 bits times the 11 of a float16 are exact; the rounding is that of `to_int8`
+                    level = _code(bits, i) * (ratio * (1.0 / (1 << (4 * i))))
+                    level = tl.minimum(tl.maximum(level, -128.0), 127.0)
+                    part += ((level + 12582912.0) - 12582912.0) * value[None, :]
+            total += part.to(tl.int32)
+        result = tl.sum(total, 1).to(tl.float32) * tl.load(scale + n, mask=inside, other=0.0)
+        if BIAS:
+            result = result + tl.load(bias + n, mask=inside, other=0.0)
+        if QUANTIZE:
+            tl.store(out + n, to_int8(result), mask=inside)
+        else:
+            tl.store(out + n, result.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    @no_type_check
+    def _expanded(packed, n, start, words, inside, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+        """q - 8 of `WORDS` words of rows `n`, (BLOCK_N, 8 WORDS): each word is read once."""
+        lanes = tl.arange(0, WORDS)
+        word = tl.load(packed + n[:, None] * words + (start + lanes)[None, :], mask=inside[:, None], other=0)
+        places = tl.arange(0, 8) * 4
+        codes = (word[:, :, None] >> places[None, None, :]) & 15
+        return tl.reshape(codes, (BLOCK_N, 8 * WORDS)) - 8
 
     @triton.jit
     @no_type_check
@@ -66,30 +139,27 @@ if HAVE_TRITON:
         rows,
         outputs,
         words,
-        group_words,
+        GROUP_WORDS: tl.constexpr,
         BIAS: tl.constexpr,
         WORDS: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside_n, inside_m = n < outputs, m < rows
-        k = tl.arange(0, 8 * WORDS)
-        shift = (k % 8) * 4
-        source = x + m.to(tl.int64)[:, None] * words * 8 + k[None, :]
-        weights = packed + n.to(tl.int64)[None, :] * words + (k // 8)[:, None]
-        groups = words // group_words
+        source = x + m[:, None] * words * 8 + tl.arange(0, 8 * WORDS)[None, :]
+        groups = words // GROUP_WORDS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, words, WORDS):
             values = tl.load(source + start * 8, mask=inside_m[:, None], other=0.0)
-            word = tl.load(weights + start, mask=inside_n[None, :], other=0)
-            step = tl.load(scales + n * groups + start // group_words, mask=inside_n, other=0.0).to(tl.float32)
-            plain = (((word >> shift[:, None]) & 15) - 8).to(tl.float32) * step[None, :]
-            total = tl.dot(values, plain.to(values.dtype), total, input_precision="tf32x3")
+            codes = _expanded(packed, n, start, words, inside_n, WORDS, BLOCK_N)
+            step = tl.load(scales + n * groups + start // GROUP_WORDS, mask=inside_n, other=0.0).to(tl.float32)
+            plain = (codes.to(tl.float32) * step[:, None]).to(values.dtype)
+            total = tl.dot(values, tl.trans(plain), total, input_precision="tf32x3")
         if BIAS:
             total += tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-        place = out + m.to(tl.int64)[:, None] * outputs + n[None, :]
+        place = out + m[:, None] * outputs + n[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
 
     @triton.jit
@@ -112,30 +182,27 @@ if HAVE_TRITON:
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside_n, inside_m = n < outputs, m < rows
         k = tl.arange(0, BLOCK_K)
-        wide = n.to(tl.int64)
-        source = x + m.to(tl.int64)[:, None] * columns + k[None, :]
+        source = x + m[:, None] * columns + k[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         for start in range(0, columns, BLOCK_K):
             inside_k = start + k < columns
             values = tl.load(source + start, mask=inside_m[:, None] & inside_k[None, :], other=0)
-            inside = inside_k[:, None] & inside_n[None, :]
             if PACKED:
-                place = wide[None, :] * (columns // 8) + (start + k)[:, None] // 8
-                word = tl.load(weights + place, mask=inside, other=0)
+                codes = _expanded(weights, n, start // 8, columns // 8, inside_n, BLOCK_K // 8, BLOCK_N)
                 ratio = tl.load(relative + n * (columns // group) + start // group, mask=inside_n, other=0.0)
-                code = ((word >> ((k % 8) * 4)[:, None]) & 15) - 8
-                operand = to_int8(code.to(tl.float32) * ratio.to(tl.float32)[None, :])
+                operand = to_int8(codes.to(tl.float32) * ratio.to(tl.float32)[:, None])
             else:
-                operand = tl.load(weights + wide[None, :] * columns + (start + k)[:, None], mask=inside, other=0)
-            total = tl.dot(values, operand, total, out_dtype=tl.int32)
+                inside = inside_n[:, None] & inside_k[None, :]
+                operand = tl.load(weights + n[:, None] * columns + (start + k)[None, :], mask=inside, other=0)
+            total = tl.dot(values, tl.trans(operand), total, out_dtype=tl.int32)
         result = total.to(tl.float32) * tl.load(scale + n, mask=inside_n, other=0.0)[None, :]
         if BIAS:
             result = result + tl.load(bias + n, mask=inside_n, other=0.0)[None, :]
-        place = out + m.to(tl.int64)[:, None] * outputs + n[None, :]
+        place = out + m[:, None] * outputs + n[None, :]
         mask = inside_m[:, None] & inside_n[None, :]
         if QUANTIZE:
             tl.store(place, to_int8(result), mask=mask)
@@ -154,32 +221,50 @@ def _words(group: int) -> int:
     return min(16, words & -words)
 
 
+def _tiles(rows: int) -> tuple[int, int]:
+    """Rows and outputs of a program; with few rows, narrow ones, so that there are enough programs."""
+    block_m = min(64, power_of_two(rows, 16))
+    return block_m, 32 if block_m == 16 else 64
+
+
 def matmul_w4a16(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """`linear.matmul_w4a16` of x (rows, columns)."""
-    x = x.contiguous()
+    x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
     rows, (outputs, words) = x.shape[0], packed.shape
     group_words = words // scales.shape[1]
     out = x.new_empty(rows, outputs)
     given = (x, packed, scales, x if bias is None else bias, out)
-    block = _words(8 * group_words)
-    if rows == 1:
-        _w4a16_row[(-(-outputs // 32), rows)](
-            *given, outputs, words, group_words, BIAS=bias is not None, WORDS=block, BLOCK_N=32, num_warps=4
-        )
-    elif rows:
-        block_m = min(64, power_of_two(rows, 16))
-        _w4a16[(-(-outputs // 64), -(-rows // block_m))](
-            *given,
-            rows,
-            outputs,
-            words,
-            group_words,
-            BIAS=bias is not None,
-            WORDS=block,
-            BLOCK_M=block_m,
-            BLOCK_N=64,
-            num_warps=4,
-        )
+    if not out.numel():
+        return out
+    with on_device(x):
+        if rows == 1:
+            _w4a16_row[(-(-outputs // 16),)](
+                *given,
+                outputs,
+                words,
+                GROUP_WORDS=group_words,
+                BIAS=bias is not None,
+                WORDS=min(ROW_WORDS, power_of_two(words)),
+                BLOCK_N=16,
+                num_warps=4,
+            )
+        else:
+            block_m, block_n = _tiles(rows)
+            if x.dtype == torch.float32:
+                block_m = min(32, block_m)  # twice the shared memory
+            _w4a16[(-(-outputs // block_n), -(-rows // block_m))](
+                *given,
+                rows,
+                outputs,
+                words,
+                GROUP_WORDS=group_words,
+                BIAS=bias is not None,
+                WORDS=_words(8 * group_words),
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=4,
+                num_stages=2,
+            )
     return out
 
 
@@ -187,30 +272,49 @@ def matmul_int8(
     x: Tensor, weights: Tensor, relative: Tensor | None, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`linear.matmul_w8a8` of int8 `weights` (out, columns); with `relative` (out, groups) of packed ones, W4A8."""
-    x = x.contiguous()
+    x, weights = x.contiguous(), weights.contiguous()
     (rows, columns), outputs = x.shape, weights.shape[0]
     out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    relative = None if relative is None else relative.contiguous()
     group = columns if relative is None else columns // relative.shape[1]
-    if rows:
-        block_m = min(64, power_of_two(rows, 16))
-        _int8[(-(-outputs // 64), -(-rows // block_m))](
-            x,
-            weights.contiguous(),
-            x if relative is None else relative,
-            scale,
-            scale if bias is None else bias,
-            out,
-            rows,
-            outputs,
-            columns,
-            group,
-            BIAS=bias is not None,
-            PACKED=relative is not None,
-            QUANTIZE=dtype == torch.int8,
-            BLOCK_M=block_m,
-            BLOCK_N=64,
-            BLOCK_K=128 if relative is None else 8 * _words(group),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    ends = {"BIAS": bias is not None, "QUANTIZE": dtype == torch.int8, "num_warps": 4, "enable_fp_fusion": False}
+    shift = scale if bias is None else bias
+    with on_device(x):
+        if rows == 1 and relative is not None:
+            words = weights.shape[1]
+            _w4a8_row[(-(-outputs // 16),)](
+                x,
+                weights,
+                relative,
+                scale,
+                shift,
+                out,
+                outputs,
+                words,
+                GROUP_WORDS=group // 8,
+                WORDS=min(ROW_WORDS, power_of_two(words)),
+                BLOCK_N=16,
+                **ends,
+            )
+        else:
+            block_m, block_n = _tiles(rows)
+            _int8[(-(-outputs // block_n), -(-rows // block_m))](
+                x,
+                weights,
+                x if relative is None else relative,
+                scale,
+                shift,
+                out,
+                rows,
+                outputs,
+                columns,
+                group,
+                PACKED=relative is not None,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                BLOCK_K=128 if relative is None else 8 * _words(group),
+                **ends,
+            )
     return out

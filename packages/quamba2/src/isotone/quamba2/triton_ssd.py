@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isotone.quamba2.packing import ScanScales
-from isotone.quamba2.triton_kernels import HAVE_TRITON, power_of_two
+from isotone.quamba2.triton_kernels import HAVE_TRITON, on_device, power_of_two
 
 CHUNK = 64
 _LARGEST = 3.0e38  # stands for an infinite limit
@@ -22,7 +22,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from isotone.quamba2.triton_kernels import to_int8
+    from isotone.quamba2.triton_kernels import dot_exact, to_int8
 
     @triton.jit
     @no_type_check
@@ -138,30 +138,35 @@ if HAVE_TRITON:
             log_decay = exact.to(tl.float32)
             rest = (exact - log_decay.to(tl.float64)).to(tl.float32)
             x_place = x + batch * x_b + t[:, None] * x_l + head * x_h + p[None, :]
-            values = tl.load(x_place, mask=there[:, None] & inside_p[None, :], other=0).to(tl.float32)
+            x_codes = tl.load(x_place, mask=there[:, None] & inside_p[None, :], other=0)
             mask = there[:, None] & inside_n[None, :]
             B_codes = tl.load(B + batch * B_b + t[:, None] * B_l + group * B_g + n[None, :], mask=mask, other=0)
             C_codes = tl.load(C + batch * C_b + t[:, None] * C_l + group * C_g + n[None, :], mask=mask, other=0)
-            B_values, C_values = B_codes.to(tl.float32), C_codes.to(tl.float32)
-            if INT8:
-                values = values * x_size[None, :]
-                # exact: integers in tensor cores
-                scores = tl.dot(C_codes, tl.trans(B_codes), out_dtype=tl.int32).to(tl.float32) * (B_size * C_size)
-                B_values = B_values * B_size
-                C_values = C_values * C_size
-            else:
-                scores = tl.dot(C_values, tl.trans(B_values), input_precision="tf32x3")
             fading = tl.exp(tl.minimum(log_decay[:, None] - log_decay[None, :], 0.0))
-            scores = tl.where(q[:, None] >= q[None, :], scores * fading, 0.0)
-            inner = values * (delta * tl.exp(-rest))[:, None]
-            out = tl.dot(scores, inner, input_precision="tf32x3") * tl.exp(rest)[:, None]
-            out += tl.dot(C_values, tl.trans(state), input_precision="tf32x3") * tl.exp(log_decay)[:, None]
+            at_start = (delta * tl.exp(-rest))[None, :]
+            at_end = (delta * tl.exp((total - exact).to(tl.float32)))[:, None]
+            if INT8:
+                # codes stay codes in every product, exact; their steps are factors of rows and columns
+                scores = tl.dot(C_codes, tl.trans(B_codes), out_dtype=tl.int32).to(tl.float32) * (B_size * C_size)
+                scores = tl.where(q[:, None] >= q[None, :], scores * fading * at_start, 0.0)
+                out = dot_exact(scores, x_codes) * (tl.exp(rest)[:, None] * x_size[None, :])
+                carried = tl.trans(dot_exact(state, tl.trans(C_codes))) * C_size
+                values = x_codes.to(tl.float32)
+                entered = dot_exact(tl.trans(values * at_end), B_codes) * (x_size[:, None] * B_size)
+                values = values * x_size[None, :]
+            else:
+                values, B_values, C_values = x_codes.to(tl.float32), B_codes.to(tl.float32), C_codes.to(tl.float32)
+                scores = tl.dot(C_values, tl.trans(B_values), input_precision="tf32x3")
+                scores = tl.where(q[:, None] >= q[None, :], scores * fading * at_start, 0.0)
+                out = tl.dot(scores, values, input_precision="tf32x3") * tl.exp(rest)[:, None]
+                carried = tl.dot(C_values, tl.trans(state), input_precision="tf32x3")
+                entered = tl.dot(tl.trans(values * at_end), B_values, input_precision="tf32x3")
+            out += carried * tl.exp(log_decay)[:, None]
             if SKIP:
                 out += values * through[None, :]
             y_place = y + ((batch * length + t)[:, None] * heads + head) * channels + p[None, :]
             tl.store(y_place, out.to(y.dtype.element_ty), mask=there[:, None] & inside_p[None, :])
-            left = values * (delta * tl.exp((total - exact).to(tl.float32)))[:, None]
-            state = state * tl.exp(total.to(tl.float32)) + tl.dot(tl.trans(left), B_values, input_precision="tf32x3")
+            state = state * tl.exp(total.to(tl.float32)) + entered
         if STATE8:
             tl.store(last + place, to_int8(tl.div_rn(state, sizes)), mask=inside)
         else:
@@ -265,43 +270,45 @@ def chunk_scan(
     kind = torch.int8 if state8 else torch.float32
     last = torch.empty(batch, heads, channels, states, dtype=kind, device=x.device)
     block_p = min(64, power_of_two(channels, 16))
+    A = A.contiguous()
     given, strides = _scales(scales, A, dt_bias)
     if batch:
-        _chunk_scan[(batch * heads, -(-channels // block_p))](
-            x,
-            dt,
-            A,
-            B,
-            C,
-            A if D is None else D,
-            A if initial is None else initial.contiguous(),
-            y,
-            last,
-            *given,
-            *_limits(dt_limit),
-            length,
-            heads,
-            heads // groups,
-            channels,
-            states,
-            *x.stride()[:3],
-            *dt.stride()[:2],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *_skip(D),
-            *strides,
-            INT8=scales is not None,
-            BIAS=dt_bias is not None,
-            SKIP=D is not None,
-            INITIAL=initial is not None,
-            STATE8=state8,
-            BLOCK_P=block_p,
-            # int8 tensor cores take 32 numbers at once
-            BLOCK_N=power_of_two(states, 32),
-            Q=CHUNK,
-            num_warps=8 if block_p * states >= 4096 else 4,
-            num_stages=2,
-        )
+        with on_device(x):
+            _chunk_scan[(batch * heads, -(-channels // block_p))](
+                x,
+                dt,
+                A,
+                B,
+                C,
+                A if D is None else D,
+                A if initial is None else initial.contiguous(),
+                y,
+                last,
+                *given,
+                *_limits(dt_limit),
+                length,
+                heads,
+                heads // groups,
+                channels,
+                states,
+                *x.stride()[:3],
+                *dt.stride()[:2],
+                *B.stride()[:3],
+                *C.stride()[:3],
+                *_skip(D),
+                *strides,
+                INT8=scales is not None,
+                BIAS=dt_bias is not None,
+                SKIP=D is not None,
+                INITIAL=initial is not None,
+                STATE8=state8,
+                BLOCK_P=block_p,
+                # int8 tensor cores take 32 numbers at once
+                BLOCK_N=power_of_two(states, 32),
+                Q=CHUNK,
+                num_warps=8 if block_p * states >= 4096 else 4,
+                num_stages=2,
+            )
     return y, last
 
 
@@ -321,37 +328,39 @@ def step(
     """`ssd.ssd_step`, or `ssd.ssd_step_int8` with `scales`."""
     (batch, heads, channels), (groups, states) = x.shape, B.shape[1:]
     y = torch.empty(x.shape, dtype=torch.float32 if scales else x.dtype, device=x.device)
+    A = A.contiguous()
     given, strides = _scales(scales, A, dt_bias)
     kept = state.contiguous()
     following = kept if inplace else torch.empty_like(kept)
     block_p = min(16, power_of_two(channels))
     if batch:
-        _step[(batch * heads, -(-channels // block_p))](
-            kept,
-            x.contiguous(),
-            dt.contiguous(),
-            A,
-            B.contiguous(),
-            C.contiguous(),
-            A if D is None else D,
-            y,
-            following,
-            *given,
-            *_limits(dt_limit),
-            heads,
-            heads // groups,
-            channels,
-            states,
-            *_skip(D),
-            *strides,
-            INT8=scales is not None,
-            BIAS=dt_bias is not None,
-            SKIP=D is not None,
-            STATE8=scales is not None and scales.state is not None,
-            BLOCK_P=block_p,
-            BLOCK_N=power_of_two(states),
-            num_warps=4,
-        )
+        with on_device(x):
+            _step[(batch * heads, -(-channels // block_p))](
+                kept,
+                x.contiguous(),
+                dt.contiguous(),
+                A,
+                B.contiguous(),
+                C.contiguous(),
+                A if D is None else D,
+                y,
+                following,
+                *given,
+                *_limits(dt_limit),
+                heads,
+                heads // groups,
+                channels,
+                states,
+                *_skip(D),
+                *strides,
+                INT8=scales is not None,
+                BIAS=dt_bias is not None,
+                SKIP=D is not None,
+                STATE8=scales is not None and scales.state is not None,
+                BLOCK_P=block_p,
+                BLOCK_N=power_of_two(states),
+                num_warps=4,
+            )
     if inplace and kept is not state:
         following = state.copy_(following)
     return y, following
