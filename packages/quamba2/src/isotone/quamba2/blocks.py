@@ -97,8 +97,9 @@ class QuantBlock(Holder):
         self.bits = bits
         self.int8_state = self.config.keeps_int8_state(bits)
         self._steps = None
-        for linear in (self.in_proj, self.out_proj):
-            linear.prepare_int8(bits == 8)
+        for name, linear in self.named_children():
+            if isinstance(linear, QuantLinear) and not name.endswith("_float"):
+                linear.prepare_int8(bits == 8)
 
     def forward(self, hidden: Tensor, cache: Cache | None, number: int, mask: Tensor | None) -> Tensor:
         """(b, l, hidden) with its residual, in and out."""
@@ -132,7 +133,7 @@ class QuantBlock(Holder):
         else:
             x, B, C = conv.split(list(arch.conv_segments.values()), -1)
             dt = time_steps(parts["dt"], kept.dt_bias, arch.dt_limit)
-            y, state = scan_heads(arch, x, dt, A, B, C, D, state)
+            y, state = scan_heads(arch, x, dt, A, B, C, D, state, inplace=True)
             y = gated_rms_norm(y, parts["z"], kept.norm, arch.groups, arch.eps)
         if cache is not None:
             cache.conv[number] = window
@@ -166,7 +167,8 @@ class QuantBlock(Holder):
         D = steps.D.reshape(arch.heads, -1) if len(steps.D) == arch.inner else steps.D
         options = {"D": D, "dt_bias": self.kept.dt_bias, "dt_limit": arch.dt_limit}
         if state is not None and x.shape[1] == 1:
-            y, last = ssd_step_int8(state, x[:, 0], dt[:, 0], steps.A, B[:, 0], C[:, 0], steps.scan, **options)
+            codes = x[:, 0], dt[:, 0], steps.A, B[:, 0], C[:, 0]
+            y, last = ssd_step_int8(state, *codes, steps.scan, **options, inplace=True)
             return y.flatten(-2)[:, None], last
         y, last = ssd_chunk_scan_int8(
             x, dt, steps.A, B, C, steps.scan, chunk=arch.chunk, initial_state=state, **options

@@ -215,5 +215,5 @@ def _fingerprint(model: Any, samples: Sequence[Tensor], config: QuambaConfig, pl
     for plan in plans or ():
         found.update(plan.channel_index.numpy().tobytes() + plan.labels.numpy().tobytes())
     for parameter in model.parameters():
-        found.update(repr(float(parameter.double().sum())).encode())
+        found.update(repr(float(parameter.detach().double().sum())).encode())
     return found.hexdigest()

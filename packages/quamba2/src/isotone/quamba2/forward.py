@@ -184,14 +184,25 @@ def _scan_mamba(
 
 
 def scan_heads(
-    arch: Architecture, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None
+    arch: Architecture,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba2's scan of x (b, l, d), dt (b, l, h), B and C (b, l, G N): y (b, l, d) and the last state (b, h, p, N)."""
+    """Mamba2's scan of x (b, l, d), dt (b, l, h), B and C (b, l, G N): y (b, l, d) and the last state (b, h, p, N).
+
+    `inplace`: a single token's state is written over `state`.
+    """
     x = x.unflatten(-1, (arch.heads, arch.head_dim))
     B, C = (values.unflatten(-1, (arch.groups, arch.state)) for values in (B, C))
     D = D.reshape(arch.heads, -1) if D.shape[0] == arch.inner else D
     if x.shape[1] == 1 and state is not None:
-        y, last = ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
+        y, last = ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, inplace)
         return y.flatten(-2)[:, None], last
     y, last = ssd_chunk_scan(x, dt, A, B, C, D, chunk=arch.chunk, initial_state=state)
     return y.flatten(-2), last

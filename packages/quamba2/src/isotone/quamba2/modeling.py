@@ -98,6 +98,10 @@ class QuambaForCausalLM(Holder):
         """
         check_ids(input_ids, self.arch.vocab)
         mask = padding_mask(attention_mask, input_ids)
+        return QuambaOutput(self.run(input_ids, cache, mask, last_only), cache)
+
+    def run(self, input_ids: Tensor, cache: Cache | None, mask: Tensor | None, last_only: bool) -> Tensor:
+        """`forward` without its checks, which wait for the device: what a CUDA graph records. Returns the logits."""
         hidden = self.embedding(input_ids)
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, cache, number, mask)
@@ -105,10 +109,10 @@ class QuambaForCausalLM(Holder):
             cache.length += input_ids.shape[1]
         hidden = hidden[:, -1:] if last_only else hidden
         if self.head_bits == 16:
-            return QuambaOutput(self.lm_head(add_rms_norm(hidden, eps=self.arch.eps)[0]), cache)
+            return self.lm_head(add_rms_norm(hidden, eps=self.arch.eps)[0])
         codes, _ = add_rms_norm(hidden, eps=self.arch.eps, scale=self.input_scale.reshape(()))
         epilogue = self.lm_head.epilogue(self.input_scale)
-        return QuambaOutput(self.lm_head.int8(codes, epilogue, torch.float32), cache)
+        return self.lm_head.int8(codes, epilogue, torch.float32)
 
     def generate(self, input_ids: Int[Tensor, "b l"], **options: Any) -> Int[Tensor, "b n"]:
         """The prompts and what follows them; options are those of `sampling.generate`."""

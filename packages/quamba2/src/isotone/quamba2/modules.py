@@ -52,7 +52,7 @@ class QuantLinear(Holder):
         super().__init__()
         self.kept = Part(tensors)
         self.segments = segments
-        # the second level of 4-bit weights, two bytes a group: derived, never saved
+        # the second level of 4-bit weights, two bytes a group, and the scale of each row: derived, never saved
         self.register_buffer("relative", None, persistent=False)
         self.register_buffer("rows", None, persistent=False)
 
@@ -61,8 +61,10 @@ class QuantLinear(Holder):
         return 4 if self.kept.get("packed") is not None else 8 if self.kept.get("codes") is not None else 16
 
     def prepare_int8(self, wanted: bool) -> None:
-        """Hold the second level of 4-bit weights ready for `int8`, or let go of it."""
+        """Hold what `int8` needs ready, the second level of 4-bit weights and rows' scales, or let go of it."""
         self.relative = self.rows = None
+        if wanted and self.bits == 8:
+            self.rows = self._row_scales()
         if wanted and self.bits == 4:
             self.relative, self.rows = relative_scales(unpack_int4(self.kept.packed), self.kept.scales)
 
@@ -75,8 +77,7 @@ class QuantLinear(Holder):
 
         `steps` (rows,): of an int8 output, into which both are folded (s_X / s_Y of section 2).
         """
-        second: Any = self.rows
-        rows = (second if self.bits == 4 else self._row_scales()) * scale.reshape(())
+        rows = self.rows * scale.reshape(())
         bias = self.kept.get("bias")
         if steps is None:
             return rows, bias

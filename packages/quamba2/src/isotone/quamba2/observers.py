@@ -70,7 +70,8 @@ class Observer:
             return
         largest = sizes.amax((0, 1))
         seen = largest.new_zeros(self.grouping.count, largest.shape[-1])
-        seen.index_reduce_(0, self.grouping.labels.to(seen.device), largest, "amax")
+        labels = self.grouping.labels.to(seen.device)[:, None].expand_as(largest)
+        seen.scatter_reduce_(0, labels, largest, "amax")
         self.value = seen if self.value is None else torch.maximum(self.value, seen)
 
     def _quantiles(self, row: Tensor) -> Tensor:
