@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from isotone.quamba2 import gated_norm, hadamard, linear, packing, ssd, triton_kernels
+from isotone.quamba2 import gated_norm, hadamard, linear, packing, ssd, triton_kernels, triton_linear
 
 
 def seeded(seed=0):
@@ -72,6 +72,39 @@ def norms(both):
     yield "norm sum", {"equal": torch.equal(found[1], wanted[1])}
     found, wanted = both(gated_norm.add_rms_norm, hidden, None, None)
     yield "norm alone", off(found[0], wanted[0])
+    weight, wide = normal(96, seed=2), int8(2, 3, 200)
+    for groups in (1, 3, 8):
+        y = normal(2, 3, 96, seed=groups)
+        for name, z, scale in (
+            ("codes", wide[..., 50:146], torch.tensor(0.03)),
+            ("floats", 0.03 * wide[..., :96], None),
+        ):
+            found, wanted = both(gated_norm.gated_rms_norm, y, z, weight, groups, z_scale=scale)
+            yield f"gated norm {groups} {name}", off(found[0], wanted[0])
+    found, wanted = both(gated_norm.gated_rms_norm, y.half(), y.half().flip(0), weight.half(), 2)
+    yield "half gated norm", off(found[0], wanted[0])
+
+
+def convolutions(both):
+    width = 70
+    w, scale, steps = int8(width, 4, seed=1), torch.linspace(1e-5, 1e-3, width), torch.linspace(0.005, 0.1, width)
+    bias, wide = normal(width), int8(2, 40, 2 * width, seed=2)
+    past = int8(2, 3, width, seed=3)
+    for length in (1, 2, 3, 4, 17, 40):
+        x = wide[:, :length, 30 : 30 + width]
+        for state in (None, past):
+            name = f"{length} {state is not None}"
+            found, wanted = both(gated_norm.conv1d_silu, x, w, scale, bias, steps, state)
+            yield f"conv {name}", codes(found[0], wanted[0])
+            yield f"conv state {name}", {"equal": torch.equal(found[1], wanted[1])}
+        found, wanted = both(gated_norm.conv1d_silu, x, w, scale)
+        yield f"conv without requantisation {length}", off(found[0], wanted[0])
+        values = (0.02 * x, 0.02 * w, bias, 0.02 * past)
+        found, wanted = both(gated_norm.conv1d_silu_float, *values)
+        yield f"float conv {length}", off(found[0], wanted[0])
+        yield f"float conv state {length}", {"equal": torch.equal(found[1], wanted[1])}
+        found, wanted = both(gated_norm.conv1d_silu_float, *(v.half() for v in values[:3]))
+        yield f"half conv {length}", off(found[0], wanted[0])
 
 
 def transforms(both):
@@ -80,6 +113,8 @@ def transforms(both):
             x = normal(3, n, seed=n).to(torch.float16 if transpose else torch.float32)
             found, wanted = both(hadamard.hadamard_quantize, x, torch.tensor(0.03), transpose=transpose)
             yield f"hadamard {n} {transpose}", codes(found[0], wanted[0])
+            found, wanted = both(hadamard.hadamard_transform, x, transpose=transpose)
+            yield f"{x.dtype} transform {n} {transpose}", off(found[0], wanted[0])
 
 
 def products(both):
@@ -104,6 +139,25 @@ def products(both):
                 yield f"w4a8 {name} {dtype}", {"equal": torch.equal(found[0], wanted[0])}
                 found, wanted = both(linear.matmul_w8a8, q, levels, rows * size, None, dtype)
                 yield f"w8a8 {name} {dtype}", {"equal": torch.equal(found[0], wanted[0])}
+    try:
+        # several reads of a row, the last of them past its end
+        kept, triton_linear.ROW_WORDS = triton_linear.ROW_WORDS, 16
+        w = normal(20, 320)
+        scales = packing.group_scales(w, 64, torch.float16)
+        four = packing.quantize_groups(w, scales)
+        packed, (relative, rows) = packing.pack_int4(four), packing.relative_scales(four, scales)
+        found, wanted = both(linear.matmul_w4a16, normal(1, 320, seed=2), packed, scales)
+        yield "w4a16 in parts", off(found[0], wanted[0])
+        found, wanted = both(linear.matmul_w4a8, int8(1, 320, seed=3), packed, relative, rows)
+        yield "w4a8 in parts", {"equal": torch.equal(found[0], wanted[0])}
+    finally:
+        triton_linear.ROW_WORDS = kept
+    levels = torch.full((4, 8), 15, dtype=torch.uint8)
+    levels[1:3] = torch.tensor([[0], [12]])
+    ratio, one = torch.tensor([[30.0], [20.0], [0.625], [127.0]]).half(), torch.ones(4)
+    for count in (1, 2):
+        found, wanted = both(linear.matmul_w4a8, int8(count, 32), packing.pack_int4(levels.repeat(1, 4)), ratio, one)
+        yield f"w4a8 with levels clamped {count}", {"equal": torch.equal(found[0], wanted[0])}
     x, w = int8(3, 50), int8(20, 50, seed=1)
     found, wanted = both(linear.matmul_w8a8, x, w, torch.full((20,), 1e-3))
     yield "w8a8 of 50 columns", {"equal": torch.equal(found[0], wanted[0])}
@@ -133,6 +187,10 @@ def scans(both):
         plain = ssd.ScanScales(scales.labels, scales.x, scales.B, scales.C, scales.dt[:1])
         found, wanted = both(ssd.ssd_chunk_scan_int8, x, dt, A, B, C, plain)
         yield f"int8 scan float state {length}", off(found[1], wanted[1])
+        joined = torch.cat([v.flatten(2) for v in (x, B, C)], -1).split([80, 48, 48], -1)
+        x, B, C = (v.unflatten(-1, (k, -1)) for v, k in zip(joined, (4, 2, 2), strict=True))
+        found, wanted = both(ssd.ssd_chunk_scan_int8, x, dt, A, B, C, scales, D[:, 0], bias)
+        yield f"int8 scan of views {length}", off(found[0], wanted[0])
         delta, values = torch.nn.functional.softplus(dt * 0.03 + bias), x * 0.01
         for kind in (torch.float32, torch.float16):
             given = [v.to(kind) for v in (values, delta, B * 0.02, C * 0.02)]
@@ -165,7 +223,32 @@ def steps(both):
             yield f"{kind} step state {inplace}", off(found[1], wanted[1])
 
 
-GROUPS = {"norms": norms, "transforms": transforms, "products": products, "scans": scans, "steps": steps}
+def shapes(both):
+    """Heads and groups alike, one of each, widths below a block, one scale for all."""
+    one = torch.full((1,), 0.03)
+    for b, h, p, groups, n in ((1, 1, 3, 1, 5), (3, 4, 16, 4, 32), (1, 6, 70, 1, 16)):
+        x, B, C = int8(b, 5, h, p), int8(b, 5, groups, n, seed=1), int8(b, 5, groups, n, seed=2)
+        dt, A, D = int8(b, 5, h, seed=3), -torch.exp(normal(h)), normal(h, seed=4)
+        scales = ssd.ScanScales(torch.zeros(h, p, dtype=torch.int64), one, one, one, one, 3 * one[:, None])
+        found, wanted = both(ssd.ssd_chunk_scan_int8, x, dt, A, B, C, scales, D)
+        name = f"{b} {h} {p} {groups} {n}"
+        yield f"scan {name}", off(found[0], wanted[0])
+        yield f"scan state {name}", codes(found[1], wanted[1])
+        state = found[1]
+        found, wanted = both(ssd.ssd_step_int8, state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], scales, D)
+        yield f"step {name}", off(found[0], wanted[0])
+        yield f"step state {name}", codes(found[1], wanted[1])
+
+
+GROUPS = {
+    "norms": norms,
+    "convolutions": convolutions,
+    "shapes": shapes,
+    "transforms": transforms,
+    "products": products,
+    "scans": scans,
+    "steps": steps,
+}
 
 
 def check(found):

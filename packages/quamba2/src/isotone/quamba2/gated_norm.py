@@ -1,6 +1,6 @@
 """What stands between the products and the scan, fused: norms that quantise, and the convolution in int8 (section 2).
 
-Plain PyTorch, float32 inside; on a GPU the norm that ends in int8 is one Triton kernel.
+Plain PyTorch, float32 inside; on a GPU each is one Triton kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from isotone.quamba2 import triton_kernels
+from isotone.quamba2 import triton_conv, triton_kernels
 from isotone.quamba2.triton_kernels import takes
 from isotone.shared.errors import InputError
 
@@ -30,9 +30,12 @@ def gated_rms_norm(
     """
     if groups < 1 or y.shape[-1] % groups:
         raise InputError(f"expected groups that divide {y.shape[-1]} channels, got {groups}")
+    if z.dtype == torch.int8 and z_scale is None:
+        raise InputError("expected a z_scale for int8 codes, got none")
+    if takes(y, z, weight) and y.shape[-1] // groups <= triton_kernels.WIDEST_NORM:
+        step = z_scale if z.dtype == torch.int8 else None
+        return triton_kernels.gated_rms_norm(y, z, weight, groups, eps, step)
     if z.dtype == torch.int8:
-        if z_scale is None:
-            raise InputError("expected a z_scale for int8 codes, got none")
         gate = z.to(torch.float32) * z_scale
     else:
         gate = z.to(_wide(y))
@@ -81,11 +84,12 @@ def conv1d_silu(
     `x`, zeros if None. Returns the output and the next state. The products are exact. Raises `InputError` on a state
     of another size.
     """
-    kept, length = weight.shape[1] - 1, x.shape[1]
+    kept, length = _kept(weight, state), x.shape[1]
+    if takes(x, weight, scale, bias, out_scale, state):
+        dtype = torch.float32 if out_scale is None else torch.int8
+        return triton_conv.conv_silu(x, weight, scale, bias, out_scale, state, dtype)
     if state is None:
         state = x.new_zeros(x.shape[0], kept, x.shape[2])
-    if state.shape[1] != kept:
-        raise InputError(f"expected a convolution state of {kept} tokens, got {state.shape[1]}")
     whole = torch.cat([state, x], 1)
     # small integers: a float32 holds their sums exactly; the channels stay innermost, so nothing is transposed
     taps = weight.to(torch.float32)
@@ -100,6 +104,36 @@ def conv1d_silu(
     if out_scale is None:
         return out, last
     return out.div_(out_scale).round_().clamp_(-128, 127).to(torch.int8), last
+
+
+def conv1d_silu_float(
+    x: Float[Tensor, "b l width"],
+    weight: Float[Tensor, "width k"],
+    bias: Float[Tensor, " width"] | None = None,
+    state: Float[Tensor, "b k1 width"] | None = None,
+) -> tuple[Float[Tensor, "b l width"], Float[Tensor, "b k1 width"]]:
+    """`conv1d_silu` of floats, for blocks of 16 bits: the output and the next state in `x`'s dtype.
+
+    Raises `InputError` on a state of another size.
+    """
+    kept = _kept(weight, state)
+    if takes(x, weight, bias, state):
+        return triton_conv.conv_silu(x, weight, None, bias, None, state, x.dtype)
+    if state is None:
+        state = x.new_zeros(x.shape[0], kept, x.shape[2])
+    whole, wide = torch.cat([state, x], 1), _wide(x)
+    given = whole.to(wide).transpose(1, 2)
+    shift = None if bias is None else bias.to(wide)
+    out = F.conv1d(given, weight.to(wide)[:, None], shift, groups=len(weight)).transpose(1, 2)
+    return F.silu(out).to(x.dtype), whole[:, whole.shape[1] - kept :]
+
+
+def _kept(weight: Tensor, state: Tensor | None) -> int:
+    """Tokens in a convolution's state."""
+    kept = weight.shape[1] - 1
+    if state is not None and state.shape[1] != kept:
+        raise InputError(f"expected a convolution state of {kept} tokens, got {state.shape[1]}")
+    return kept
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -59,6 +59,11 @@ def hadamard_transform(
     size = _block(x.shape[-1], block_diagonal)
     if not x.is_floating_point():
         raise InputError(f"expected floating point numbers to transform, got {x.dtype}")
+    base = _base(size)
+    assert base is not None
+    parts = triton_hadamard.splits(size, base)
+    if takes(x) and parts is not None and size == x.shape[-1]:
+        return triton_hadamard.transform(x, _signs(parts[0], base, x.device), None, transpose)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(dtype).reshape(-1, size)
     inner = size
@@ -70,8 +75,8 @@ def hadamard_transform(
         if outer == 1:
             y = y.reshape(-1, factor) @ matrix.T
         else:
-            parts = y.reshape(-1, factor, outer)
-            y = torch.bmm(matrix.expand(len(parts), factor, factor), parts)
+            apart = y.reshape(-1, factor, outer)
+            y = torch.bmm(matrix.expand(len(apart), factor, factor), apart)
         inner //= factor
     return y.reshape(x.shape).to(x.dtype)
 
@@ -86,7 +91,7 @@ def hadamard_quantize(x: Float[Tensor, "*rows n"], scale: Float[Tensor, ""] | fl
     assert base is not None
     parts = triton_hadamard.splits(size, base)
     if takes(x) and parts is not None:
-        return triton_hadamard.transform_quantize(x, _signs(parts[0], base, x.device), scale, transpose)
+        return triton_hadamard.transform(x, _signs(parts[0], base, x.device), scale, transpose)
     y = hadamard_transform(x.to(torch.float32), transpose) / scale
     return torch.round(y).clamp(-128, 127).to(torch.int8)
 

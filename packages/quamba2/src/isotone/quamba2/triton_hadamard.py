@@ -27,7 +27,7 @@ if HAVE_TRITON:
 
     @triton.jit
     @no_type_check
-    def _transform_quantize(
+    def _transform(
         x,
         signs,
         out,
@@ -37,6 +37,7 @@ if HAVE_TRITON:
         S: tl.constexpr,
         BLOCK: tl.constexpr,
         TRANSPOSE: tl.constexpr,
+        QUANTIZE: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64) * (P * S)
         first = tl.arange(0, BLOCK)
@@ -60,8 +61,11 @@ if HAVE_TRITON:
                 left = tl.load(signs + first[:, None] * P + first[None, :], mask=square, other=0.0)
             values = tl.trans(dot_exact(tl.trans(values), left.to(tl.bfloat16)))
         values = values * norm
-        step = tl.load(scale) + tl.zeros_like(values)
-        tl.store(out + row + places, to_int8(tl.div_rn(values, step)), mask=inside)
+        if QUANTIZE:
+            step = tl.load(scale) + tl.zeros_like(values)
+            tl.store(out + row + places, to_int8(tl.div_rn(values, step)), mask=inside)
+        else:
+            tl.store(out + row + places, values.to(out.dtype.element_ty), mask=inside)
 
 
 def splits(n: int, base: int) -> tuple[int, int] | None:
@@ -72,25 +76,29 @@ def splits(n: int, base: int) -> tuple[int, int] | None:
     return n // right, right
 
 
-def transform_quantize(x: Tensor, signs: Tensor, scale: Tensor | float, transpose: bool) -> Tensor:
-    """`hadamard.hadamard_quantize` of `x` (..., P S), with the 1 and -1 of H's left factor (P, P), by `splits`."""
+def transform(x: Tensor, signs: Tensor, scale: Tensor | float | None, transpose: bool) -> Tensor:
+    """`hadamard.hadamard_quantize` of `x` (..., P S), with the 1 and -1 of H's left factor (P, P), by `splits`.
+
+    Without `scale`, `hadamard.hadamard_transform`.
+    """
     x = x.contiguous()
     left, width = len(signs), x.shape[-1]
-    out = torch.empty_like(x, dtype=torch.int8)
+    out = torch.empty_like(x, dtype=x.dtype if scale is None else torch.int8)
     rows = x.numel() // width
     if rows:
         block = power_of_two(left, LEAST)
         with on_device(x):
-            _transform_quantize[(rows,)](
+            _transform[(rows,)](
                 x,
                 signs,
                 out,
-                scalar(scale, x.device),
+                signs if scale is None else scalar(scale, x.device),
                 1.0 / math.sqrt(width),
                 P=left,
                 S=width // left,
                 BLOCK=block,
                 TRANSPOSE=transpose,
+                QUANTIZE=scale is not None,
                 num_warps=8 if block * (width // left) > 4096 else 4,
             )
     return out

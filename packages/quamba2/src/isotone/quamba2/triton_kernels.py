@@ -104,6 +104,36 @@ if HAVE_TRITON:
         else:
             tl.store(out + row + lanes, normed.to(out.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    @no_type_check
+    def _gated_rms_norm(
+        y,
+        z,
+        weight,
+        out,
+        z_scale,
+        eps,
+        width,
+        groups,
+        y_row,
+        z_row,
+        CODES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = (tl.program_id(0) // groups).to(tl.int64)
+        first = (tl.program_id(0) % groups) * width
+        lanes = tl.arange(0, BLOCK)
+        inside = lanes < width
+        values = tl.load(y + row * y_row + first + lanes, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(z + row * z_row + first + lanes, mask=inside, other=0).to(tl.float32)
+        if CODES:
+            gate = gate * tl.load(z_scale)
+        gated = values * (gate / (1.0 + tl.exp(-gate)))
+        normed = gated * (1.0 / tl.sqrt_rn(tl.sum(gated * gated, 0) / width + eps))
+        normed = normed * tl.load(weight + first + lanes, mask=inside, other=0.0).to(tl.float32)
+        place = out + row * (width * groups) + first + lanes
+        tl.store(place, normed.to(out.dtype.element_ty), mask=inside)
+
 
 def scalar(value: Tensor | float, device: torch.device) -> Tensor:
     """`value` as one float32 on `device`."""
@@ -138,3 +168,32 @@ def add_rms_norm(
                 num_warps=min(16, max(1, block // 256)),
             )
     return out, total
+
+
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, z_scale: Tensor | float | None
+) -> Tensor:
+    """`gated_norm.gated_rms_norm`: one program a row and group."""
+    d = y.shape[-1]
+    rows, gates = (values.reshape(-1, d) for values in (y, z))
+    rows, gates = (values if values.stride(-1) == 1 else values.contiguous() for values in (rows, gates))
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if out.numel():
+        block = power_of_two(d // groups)
+        with on_device(y):
+            _gated_rms_norm[(len(rows) * groups,)](
+                rows,
+                gates,
+                weight.contiguous(),
+                out,
+                weight if z_scale is None else scalar(z_scale, y.device),
+                eps,
+                d // groups,
+                groups,
+                rows.stride(0),
+                gates.stride(0),
+                CODES=z_scale is not None,
+                BLOCK=block,
+                num_warps=min(16, max(1, block // 256)),
+            )
+    return out
