@@ -280,6 +280,46 @@ def test_on_a_gpu(group):  # pragma: no cover - needs a GPU
     check(dict(GROUPS[group](Both("cuda"))))
 
 
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_numbers():  # pragma: no cover - needs a GPU
+    """Places beyond an int32's reach: the last rows are as the last rows alone."""
+    w = normal(65536, 32)
+    scales = packing.group_scales(w, 32, torch.float16)
+    four = packing.quantize_groups(w, scales)
+    packed, (relative, rows) = packing.pack_int4(four).cuda(), packing.relative_scales(four, scales)
+    q = int8(33000, 32).cuda()
+    found = linear.matmul_w4a8(q, packed, relative.cuda(), 0.01 * rows.cuda(), None, torch.int8)
+    assert found.numel() > 2**31
+    assert torch.equal(
+        found[-3:], linear.matmul_w4a8(q[-3:], packed, relative.cuda(), 0.01 * rows.cuda(), None, torch.int8)
+    )
+    del found
+    x = torch.zeros(2**18 + 8, 8192, dtype=torch.float16, device="cuda")
+    x[-3:] = normal(3, 8192).cuda()
+    step = torch.tensor(0.03, device="cuda")
+    assert torch.equal(hadamard.hadamard_quantize(x, step)[-3:], hadamard.hadamard_quantize(x[-3:], step))
+    assert torch.equal(gated_norm.add_rms_norm(x)[0][-3:], gated_norm.add_rms_norm(x[-3:])[0])
+    del x
+    state = torch.zeros(2200, 128, 64, 128, dtype=torch.int8, device="cuda")
+    state[-1] = int8(128, 64, 128).cuda()
+    one = torch.ones(1, device="cuda")
+    steps = ssd.ScanScales(
+        torch.zeros(128, 64, dtype=torch.int64, device="cuda"), *[0.03 * one] * 4, 0.03 * one[:, None]
+    )
+    given = [int8(2200, 128, 64), int8(2200, 128), int8(2200, 8, 128), int8(2200, 8, 128)]
+    x, dt, B, C = (values.cuda() for values in given)
+    y, following = ssd.ssd_step_int8(state, x, dt, -torch.ones(128, device="cuda"), B, C, steps)
+    alone = ssd.ssd_step_int8(state[-1:], x[-1:], dt[-1:], -torch.ones(128, device="cuda"), B[-1:], C[-1:], steps)
+    assert torch.equal(y[-1:], alone[0]) and torch.equal(following[-1:], alone[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_launch_is_on_the_tensors_gpu():  # pragma: no cover - needs two GPUs
+    with torch.cuda.device(0):
+        check(dict(norms(Both("cuda:1"))))
+
+
 def test_what_the_kernels_take():
     x = torch.zeros(2, 4)
     assert not triton_kernels.takes(x), "a CPU's tensors take the plain path"

@@ -72,13 +72,13 @@ if HAVE_TRITON:
         if tl.program_id(0) == 0:
             # the last K - 1 tokens of the state and x together
             for j in tl.static_range(K - 1):
-                at = tl.zeros_like(w) + (length + (j - (K - 1)))
-                newer = inside_w & (at >= 0)
-                kept = tl.load(x + batch * x_b + at.to(tl.int64) * x_l + w, mask=newer, other=0)
+                then = tl.zeros_like(w) + (length + (j - (K - 1)))
+                newer = inside_w & (then >= 0)
+                kept = tl.load(x + batch * x_b + then.to(tl.int64) * x_l + w, mask=newer, other=0)
                 if STATE:
-                    older = inside_w & (at < 0)
-                    past = tl.load(state + batch * state_b + (at + (K - 1)) * state_l + w, mask=older, other=0)
-                    kept = tl.where(at >= 0, kept, past.to(kept.dtype))
+                    older = inside_w & (then < 0)
+                    old = tl.load(state + batch * state_b + (then + (K - 1)) * state_l + w, mask=older, other=0)
+                    kept = tl.where(then >= 0, kept, old.to(kept.dtype))
                 tl.store(last + (batch * (K - 1) + j) * width + w, kept, mask=inside_w)
 
 

@@ -1,7 +1,7 @@
 """The fast Hadamard transform and the quantiser after it, one program a row (section 9, kernel 5).
 
 A row of n channels is a matrix (P, S), and H = L (x) R: R is Sylvester's matrix of order S, a power of two that is at
-most 128, and L, of order P <= 128, is the rest of H, Paley's factor included. Then x H is L^T X R, two products with
+most 128, and L, of order P <= 64, is the rest of H, Paley's factor included. Then x H is L^T X R, two products with
 signs in tensor cores, in place of log2 n rounds that each go through shared memory.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from isotone.quamba2.triton_kernels import HAVE_TRITON, on_device, power_of_two, scalar
 
-WIDEST = 16384  # a row is held in registers
-FACTOR = 128  # the largest order of L and R
+RIGHT = 128  # the largest order of R
+LEFT = 64  # and of L: what is wider wants more shared memory than a small GPU's 99 KiB
 LEAST = 16  # tensor cores take no fewer
 
 if HAVE_TRITON:
@@ -70,10 +70,8 @@ if HAVE_TRITON:
 
 def splits(n: int, base: int) -> tuple[int, int] | None:
     """P and S of a matrix of order `n` with Paley's factor of order `base`; None where the kernel can not do it."""
-    right = min(FACTOR, n // base)
-    if n > WIDEST or right < LEAST or n // right > FACTOR:
-        return None
-    return n // right, right
+    right = min(RIGHT, n // base)
+    return (n // right, right) if right >= LEAST and n // right <= LEFT else None
 
 
 def transform(x: Tensor, signs: Tensor, scale: Tensor | float | None, transpose: bool) -> Tensor:
