@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +279,21 @@ def test_kernels_do_what_the_plain_forms_do(group):
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_a_gpu(group):  # pragma: no cover - needs a GPU
     check(dict(GROUPS[group](Both("cuda"))))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not triton_kernels.HAVE_TRITON, reason="no triton on this platform")
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there():
+    """For Hopper, within its 227 KiB of shared memory."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(script), "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    kernels = "_add_rms_norm _gated_rms_norm _conv_silu _transform _w4a16_row _w4a16 _w4a8_row _int8 _chunk_scan _step"
+    assert {name for name, _ in made} == set(kernels.split())
+    assert max(shared for _, shared in made) <= 227 * 1024
 
 
 @pytest.mark.gpu
