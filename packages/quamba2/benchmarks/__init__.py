@@ -1,1 +1,1 @@
-"""Side by side with the peers, beyond what `isotone quamba2 bench` runs. FILL"""
+"""Side by side with the plain forms and with torchao: `isotone quamba2 bench`."""

@@ -36,6 +36,7 @@ def test_the_verbs(here):
     assert model.config.w_bits == 4 and model.config.calib_samples == 4 and model.config.group_size == 32
     report = load("out/report.json")
     assert len(report["blocks"]) == 2 and report["blocks"][0]["sqnr"] > 0 and (here / "out/blocks.png").is_file()
+    assert (here / "out/channels.png").is_file()
     run("evaluate", "out/model", "--text", "text.txt", "--base", "model", "--samples", "2", "--length", "32", out="e")
     scores = load("e/evaluation.json")
     assert scores["tokens"] == 62 and 0 < scores["kl"] < 3 and 0 <= scores["agreement"] <= 1

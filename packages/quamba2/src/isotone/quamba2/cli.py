@@ -104,6 +104,7 @@ def quantize(
     _write(run.out / "report.json", dataclasses.asdict(found))
     if held_out is not None:
         plots.blocks(found, run.out / "blocks.png")
+        _channels(source, held_out[None], config, run.out / "channels.png")
     worst = min((one.sqnr for one in found.blocks if one.sqnr is not None), default=None)
     return {
         "model": str(target),
@@ -285,6 +286,19 @@ def _quantized(folder: Path, run: Run) -> Any:
     from isotone.quamba2.modeling import QuambaForCausalLM
 
     return QuambaForCausalLM.from_pretrained(folder).to(device.resolve(run.device))
+
+
+def _channels(source: Any, ids: Any, config: QuambaConfig, path: Path) -> None:
+    """Draw the channels of the middle layer of a Mamba2 on a sample, before and after they are clustered."""
+    from isotone.quamba2 import plots
+    from isotone.quamba2.architecture import Architecture
+    from isotone.quamba2.calibrate import channel_statistics
+
+    arch = Architecture.of(source.config)
+    if arch.kind == "mamba2" and config.reorders:
+        stats = channel_statistics(source, [ids], config.stat)[arch.layers // 2]
+        chosen = config.head_groups, config.dim_groups, config.clustering
+        plots.save(plots.profiles(stats, arch.head_dim, arch.groups, *chosen), path)
 
 
 def _logits(base: Any, vocab: int) -> Any:

@@ -118,9 +118,9 @@ def _head_labels(shapes: np.ndarray, m: int) -> np.ndarray:
     heads = len(shapes)
     if m in (1, heads):
         return np.arange(heads) if m == heads else np.zeros(heads, np.int64)
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import cut_tree, ward
 
-    found = AgglomerativeClustering(n_clusters=m, linkage="ward").fit_predict(shapes)
+    found = cut_tree(ward(shapes), n_clusters=m)[:, 0]
     _, first, numbers = np.unique(found, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[numbers]
 

@@ -13,6 +13,7 @@ from isotone.quamba2.config import QuambaConfig
 from isotone.quamba2.layout import tensors_of
 from isotone.quamba2.loading import load
 from isotone.quamba2.modeling import QuambaForCausalLM
+from isotone.quamba2.plain import PlainConfig
 from isotone.quamba2.prepare import Prepared, Progress, prepare
 from isotone.shared.errors import InputError
 
@@ -55,4 +56,6 @@ def quantize(
 
 def build(prepared: Prepared) -> QuambaForCausalLM:
     """The quantised model of `prepared`, on the CPU."""
-    return QuambaForCausalLM(copy.deepcopy(prepared.model.config), prepared.config, tensors_of(prepared))
+    config: Any = prepared.model.config
+    source = config.hugging_face() if isinstance(config, PlainConfig) else copy.deepcopy(config)
+    return QuambaForCausalLM(source, prepared.config, tensors_of(prepared))

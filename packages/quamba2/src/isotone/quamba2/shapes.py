@@ -1,4 +1,4 @@
-"""Shapes of the released models, their bytes counted without a weight of them, and models of random weights (section 9).
+"""Shapes of the released models, their bytes counted without a weight of them, and random models (section 9).
 
 Sizes and speeds need no trained weights: float models are built on the meta device, quantised ones are counted by
 `layout.expected`, tensor by tensor as they are saved.
@@ -7,6 +7,7 @@ Sizes and speeds need no trained weights: float models are built on the meta dev
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from isotone.quamba2.architecture import Architecture
 from isotone.quamba2.config import QuambaConfig
 from isotone.quamba2.layout import expected
 from isotone.quamba2.modeling import QuambaForCausalLM
+from isotone.quamba2.plain import PlainConfig, PlainMamba2
 from isotone.quamba2.report import state_bytes
 from isotone.shared.errors import InputError
 
@@ -24,23 +26,18 @@ MODES: dict[str, dict[str, Any]] = {
     "W4A8": {},
     "W4A16": {"a_bits": 16},
 }
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 32, "state_size": 16,
-             "n_groups": 2, "vocab_size": 256, "tie_word_embeddings": True},
-    "2.7b": {"hidden_size": 2560, "num_hidden_layers": 64, "num_heads": 80, "head_dim": 64, "state_size": 128,
-             "n_groups": 1, "vocab_size": 50288, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "num_hidden_layers": 56, "num_heads": 128, "head_dim": 64, "state_size": 128,
-           "n_groups": 8, "vocab_size": 256000, "tie_word_embeddings": False},
-}  # fmt: skip
+_SIZES = {
+    "tiny": PlainConfig(128, 2, 8, 32, 16, 2, 256, tie_word_embeddings=True),
+    "2.7b": PlainConfig(2560, 64, 80, 64, 128, 1, 50288, tie_word_embeddings=True),
+    "8b": PlainConfig(4096, 56, 128, 64, 128, 8, 256000),
+}
 
 
-def shape(name: str) -> Any:
-    """The Hugging Face config of Mamba2 "2.7b" or "8b", or of a "tiny" one. Raises `InputError` on another name."""
-    from transformers import Mamba2Config
-
+def shape(name: str) -> PlainConfig:
+    """The sizes of Mamba2 "2.7b" or "8b", or of a "tiny" one. Raises `InputError` on another name."""
     if name not in _SIZES:
         raise InputError(f"expected a shape of {', '.join(_SIZES)}, got {name!r}")
-    return Mamba2Config(**_SIZES[name])
+    return replace(_SIZES[name])
 
 
 def options(mode: str) -> QuambaConfig:
@@ -48,18 +45,16 @@ def options(mode: str) -> QuambaConfig:
     return QuambaConfig(**MODES[mode])
 
 
-def float16_weight_bytes(config: Any, tied: bool | None = None) -> int:
+def float16_weight_bytes(config: PlainConfig, tied: bool | None = None) -> int:
     """Of the float model at two bytes a number, a head that is `tied` to the embedding counted once, as it is stored.
 
     `tied`: by default what the config says. The model is built on the meta device: no weight is made.
     """
-    from transformers import Mamba2ForCausalLM
-
     with torch.device("meta"):
-        model = Mamba2ForCausalLM(config)
-    numbers = sum(parameter.numel() for parameter in model.parameters())  # a tied head is one parameter
-    if tied is not None and tied != config.tie_word_embeddings:
-        numbers += (-1 if tied else 1) * config.vocab_size * config.hidden_size
+        model = PlainMamba2(replace(config, tie_word_embeddings=False))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if config.tie_word_embeddings if tied is None else tied:
+        numbers -= config.vocab_size * config.hidden_size
     return 2 * numbers
 
 
@@ -110,7 +105,8 @@ def random_model(config: Any, chosen: QuambaConfig, device: str = "cpu", seed: i
     arch = Architecture.of(config)
     generator = torch.Generator(device).manual_seed(seed) if device != "meta" else None
     found = {
-        name: _tensor(name, size, dtype, arch, device, generator) for name, (size, dtype) in specs(config, chosen).items()
+        name: _tensor(name, size, dtype, arch, device, generator)
+        for name, (size, dtype) in specs(config, chosen).items()
     }
     return QuambaForCausalLM(config, chosen, found)
 

@@ -22,7 +22,9 @@ from isotone.quamba2.config import QuambaConfig
 from isotone.quamba2.evaluate import Evaluation, evaluate
 from isotone.quamba2.fake import FakeQuamba
 from isotone.quamba2.forward import Probe, forward, rms_norm, time_steps
+from isotone.quamba2.plain import PlainConfig, PlainMamba2
 from isotone.quamba2.prepare import prepare
+from isotone.quamba2.shapes import float16_weight_bytes, quantized_weight_bytes
 from isotone.quamba2.texts import samples
 
 SIGMA = 1.5
@@ -45,25 +47,13 @@ class Recipe:
     rate: float = 4e-3
 
 
-def untrained(recipe: Recipe, seed: int, sigma: float = 0.0) -> Any:
-    """The Hugging Face model at its start; `sigma` of the planted gains, 0 for none."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
+def untrained(recipe: Recipe, seed: int, sigma: float = 0.0) -> PlainMamba2:
+    """The model at its start; `sigma` of the planted gains, 0 for none."""
+    heads = recipe.hidden * recipe.expand // recipe.head_dim
+    sizes = recipe.hidden, recipe.layers, heads, recipe.head_dim, recipe.state, recipe.groups, 256
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Mamba2ForCausalLM(
-            Mamba2Config(
-                vocab_size=256,
-                hidden_size=recipe.hidden,
-                num_hidden_layers=recipe.layers,
-                expand=recipe.expand,
-                head_dim=recipe.head_dim,
-                num_heads=recipe.hidden * recipe.expand // recipe.head_dim,
-                n_groups=recipe.groups,
-                state_size=recipe.state,
-                chunk_size=64,
-            )
-        )
+        model = PlainMamba2(PlainConfig(*sizes, expand=recipe.expand, chunk_size=64))
         if sigma:
             plant(model, sigma)
     return model
@@ -202,7 +192,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ PerSG": {**_PLAIN, "sort_and_cluster": False},
     "+ SnC": _PLAIN,
 }
-"""The five steps of the paper's W4A8 ablation, each with what the ones before have; the embedding and head are float."""
+"""The five steps of the paper's W4A8 ablation, each with what the ones before have; embedding and head are float."""
 OTHERS: dict[str, dict[str, Any]] = {
     "W4A16 per group": {**_NOTHING, "a_bits": 16},
     "W4A16 + Hadamard": {**_NOTHING, "a_bits": 16, "hadamard": "all"},
@@ -245,6 +235,14 @@ def rows_of(
         if advance:
             advance(name)
     return found
+
+
+def bytes_of(model: Any, names: Sequence[str]) -> dict[str, int]:
+    """Bytes of the weights of each row in `names`, as they are saved, and of "float" in float16."""
+    found = {"float": float16_weight_bytes(model.config)}
+    return found | {
+        name: quantized_weight_bytes(model.config, QuambaConfig(**(LADDER | OTHERS)[name])) for name in names
+    }
 
 
 def corpus(text: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
