@@ -84,10 +84,11 @@ class QuantBlock(Holder):
             labels = plan_of(arch, heads, dims).labels
         self.register_buffer("labels", labels.unflatten(0, arch.state_shape[:2]), persistent=False)
         self._steps: _Steps | None = None
+        self._scan: ScanScales | None = None
         self.set_bits(bits)
 
     def _apply(self, *arguments: Any, **options: Any) -> QuantBlock:
-        self._steps = None  # another device's
+        self._steps = self._scan = None  # another device's
         return super()._apply(*arguments, **options)
 
     def set_bits(self, bits: int) -> None:
@@ -96,7 +97,7 @@ class QuantBlock(Holder):
             raise InputError(f"expected a model quantised with a_bits 'mixed' to run a block in {bits} bits")
         self.bits = bits
         self.int8_state = self.config.keeps_int8_state(bits)
-        self._steps = None
+        self._steps = self._scan = None
         for name, linear in self.named_children():
             if isinstance(linear, QuantLinear) and not name.endswith("_float"):
                 linear.prepare_int8(bits == 8)
@@ -231,7 +232,9 @@ class QuantBlock(Holder):
         return steps.repeat_interleave(self.arch.segments[site.removeprefix("conv_")] // len(steps))
 
     def _state_steps(self) -> ScanScales:
-        """The steps of the scan; in a block of 16 bits those of the state alone have a use."""
+        """The steps of the scan, made once; in a block of 16 bits those of the state alone have a use."""
+        if self._scan is not None:
+            return self._scan
         scales = self.kept.scales
         none = torch.ones(int(self.labels.max()) + 1, device=self.labels.device)
 
@@ -240,7 +243,9 @@ class QuantBlock(Holder):
             return none if kept is None else kept[:, 0]
 
         state = scales.state if self.int8_state else None
-        return ScanScales(self.labels, steps("conv_x"), steps("conv_B"), steps("conv_C"), steps("dt"), state)
+        x, B, C, dt = (steps(site) for site in ("conv_x", "conv_B", "conv_C", "dt"))
+        self._scan = ScanScales(self.labels, x, B, C, dt, state)
+        return self._scan
 
     def _named(self, values: Tensor) -> dict[str, Tensor]:
         sizes = self.arch.segments

@@ -83,7 +83,7 @@ def scan(rows: Rows, more_heads: Rows, judged: bool) -> list[Measurement]:
     inside = [all(low <= row[arm] <= high for row in rows) for arm, (low, high) in RANGES.items()]
     words = "Arms of the scan whose every seed lies in the expected range, of draws that are not the sheet's"
     found.append(
-        Measurement(_claim("scan ranges", words, ASKED, "of 9", None, 9 if judged else None, "min"), sum(inside))
+        Measurement(_claim("scan ranges", words, ASKED, "of 9", None, 9.0 if judged else None, "min"), sum(inside))
     )
     found += _ratio("over per-channel", "4 x 4 scales a group over a scale a channel", rows, "snc 4 4", "channel",
                     1.4, "max", judged)  # fmt: skip
@@ -93,13 +93,13 @@ def scan(rows: Rows, more_heads: Rows, judged: bool) -> list[Measurement]:
                     1.3, "min", judged)  # fmt: skip
     words = "error of the whole tensor, scale at the percentile over scale at the maximum"
     found += _ratio("clipping", words, rows, "percentile whole", "tensor whole", 1.3, "min", judged)
-    for heads, kept, arms in (
+    for heads, given, arms in (
         (16, rows, ("unsorted", "one cluster")),
         (64, more_heads, ("unsorted", "one cluster", "heads as they lie")),
     ):
-        for arm in arms if kept else ():
+        for arm in arms if given else ():
             words = f"{heads} heads, {WORDS[arm].removeprefix('x in int8, ')}, over sort-and-cluster"
-            found += _ratio(f"{heads} {arm}", words, kept, arm, "snc 4 4", 1.0, "min", judged)
+            found += _ratio(f"{heads} {arm}", words, given, arm, "snc 4 4", 1.0, "min", judged)
     return found
 
 

@@ -105,10 +105,14 @@ def _with_rounded_weights(prepared: Prepared, block_bits: tuple[int, ...]) -> An
                 _parameter(mixer, name).copy_(values)
         for name in names:
             getattr(mixer, name).weight.copy_(_weight(prepared.weights, (layer, name), bits))
+    if config.lm_head_bits == 16:
+        model.lm_head.weight.copy_(model.lm_head.weight.half())
     if (HEAD, "lm_head") in prepared.weights:
         model.lm_head.weight.copy_(_weight(prepared.weights, (HEAD, "lm_head"), head))
-    if (rows := int(config.embedding_bits or 16)) != 16:
-        weight = model.backbone.embeddings.weight
+    weight, rows = model.backbone.embeddings.weight, int(config.embedding_bits or 16)
+    if rows == 16:
+        weight.copy_(weight.half())
+    else:
         weight.copy_(embedding_rows(torch.arange(arch.vocab, device=weight.device), *quantize_embedding(weight, rows)))
     return model
 

@@ -4,6 +4,7 @@ The model computes with these tensors and saves them as they are: a saved model 
 Per block: in_proj and out_proj (4 bits: `packed`, eight codes an int32, and float16 `scales`; 8 bits: int8 `codes` and
 float32 `scales`, one for each segment of rows), `dt_bias` and `norm` in float32. Blocks of 8-bit activations have their
 static `scales` and the convolution, A_log and D in int8; blocks of 16 bits have those in float32; mixed models both.
+An embedding or a head of 16 bits is float16, and computed with in float32.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def tensors_of(prepared: Prepared) -> dict[str, Tensor]:
         found |= {f"blocks.{number}.{name}": values for name, values in block.items()}
     head = prepared.weights.get((HEAD, "lm_head"))
     if head is None:
-        found["lm_head.weight"] = model.lm_head.weight.detach()
+        found["lm_head.weight"] = model.lm_head.weight.detach().half()
     else:
         found |= _linear("lm_head", head, [arch.vocab])
     if 8 in _precisions(config) and config.lm_head_bits != 16:
@@ -46,7 +47,7 @@ def tensors_of(prepared: Prepared) -> dict[str, Tensor]:
 
 def _embedding(weight: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 16:
-        return {"embedding.weight": weight}
+        return {"embedding.weight": weight.half()}
     codes, scales = quantize_embedding(weight, bits)
     return {f"embedding.{'packed' if bits == 4 else 'codes'}": codes, "embedding.scales": scales}
 
@@ -144,11 +145,15 @@ def expected(arch: Architecture, config: QuambaConfig, biases: bool, conv_bias: 
         return {f"{name}.codes": ((rows, columns), int8), f"{name}.scales": ((segments,), float32)}
 
     rows = {4: ("packed", (arch.vocab, arch.hidden // 8), int32), 8: ("codes", (arch.vocab, arch.hidden), int8)}
-    kind, shape, dtype = rows.get(int(config.embedding_bits or 16), ("weight", (arch.vocab, arch.hidden), float32))
+    kind, shape, dtype = rows.get(
+        int(config.embedding_bits or 16), ("weight", (arch.vocab, arch.hidden), torch.float16)
+    )
     found: dict[str, Spec] = {f"embedding.{kind}": (shape, dtype)}
     if kind != "weight":
         found["embedding.scales"] = ((arch.vocab,), float32)
     found |= linear("lm_head", arch.vocab, arch.hidden, int(config.lm_head_bits or 16), 1)
+    if config.lm_head_bits == 16:
+        found["lm_head.weight"] = ((arch.vocab, arch.hidden), torch.float16)
     if 8 in _precisions(config) and config.lm_head_bits != 16:
         found["lm_head.input_scale"] = ((1, 1), float32)
     width = sum(arch.segments.values())

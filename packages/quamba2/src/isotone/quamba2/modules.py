@@ -77,7 +77,8 @@ class QuantLinear(Holder):
 
         `steps` (rows,): of an int8 output, into which both are folded (s_X / s_Y of section 2).
         """
-        rows = self.rows * scale.reshape(())
+        held: Any = self.rows
+        rows = held * scale.reshape(())
         bias = self.kept.get("bias")
         if steps is None:
             return rows, bias
@@ -103,7 +104,7 @@ class QuantLinear(Holder):
         """The dequantised weight."""
         if self.bits == 4:
             return dequantize_groups(unpack_int4(self.kept.packed), self.kept.scales)
-        return self.kept.codes.float() * self._row_scales()[:, None] if self.bits == 8 else self.kept.weight
+        return self.kept.codes.float() * self._row_scales()[:, None] if self.bits == 8 else self.kept.weight.float()
 
 
 class QuantEmbedding(Holder):
@@ -117,5 +118,5 @@ class QuantEmbedding(Holder):
         """The dequantised rows of `input_ids`."""
         weight, packed = self.kept.get("weight"), self.kept.get("packed")
         if weight is not None:
-            return weight[input_ids]
+            return weight[input_ids].float()
         return embedding_rows(input_ids, self.kept.codes if packed is None else packed, self.kept.scales)

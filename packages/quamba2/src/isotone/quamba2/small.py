@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,11 +231,15 @@ def rows_of(
         sizes = {"calib_samples": count, "calib_len": length, "gptq_samples": count, "gptq_len": length, "seed": seed}
         config = QuambaConfig(**{**sizes, **(LADDER | OTHERS)[name]})
         fake = FakeQuamba(prepare(model, list(calibration), config))
-        scored: Evaluation = evaluate(lambda ids, made=fake: made(ids.to(device)), held_out, reference)
+        scored: Evaluation = evaluate(partial(_on, fake, device), held_out, reference)
         found[name] = {"perplexity": scored.perplexity, "kl": float(scored.kl or 0.0)}
         if advance:
             advance(name)
     return found
+
+
+def _on(model: Callable[[Tensor], Tensor], device: torch.device, ids: Tensor) -> Tensor:
+    return model(ids.to(device))
 
 
 def bytes_of(model: Any, names: Sequence[str]) -> dict[str, int]:
@@ -245,7 +250,7 @@ def bytes_of(model: Any, names: Sequence[str]) -> dict[str, int]:
     }
 
 
-def corpus(text: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+def corpus(text: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
     """The bytes of `text`: nine tenths to train and calibrate on, the last tenth to score."""
     ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
     cut = len(ids) * 9 // 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,8 @@ def ratios(name: str, device: str = "cuda", prompt: int = 1024, batch: int = 128
         ours = _stepping(model, ids[:1])
         found[key] = faster(ours, peer)
         if key == "tpot":
-            found["transformers"] = _or_none(
-                lambda step=ours: faster(step, _transformers(config, device, dtype, ids[:1]))
-            )
+            theirs = partial(_transformers, config, device, dtype, ids[:1])
+            found["transformers"] = _or_none(partial(_beside, faster, ours, theirs))
             wide = HalfMamba2(config, device, dtype)
             found["batch"] = faster(_stepping(model, ids[:, :16]), _stepping(wide, ids[:, :16]))
             del wide
@@ -66,6 +66,10 @@ def _stepping(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: decoder.step(tokens)
 
 
+def _beside(faster: Callable[..., float], ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
+    return faster(ours, theirs())
+
+
 def _or_none(measure: Callable[[], float]) -> float | None:
     """None where a peer that is only reported fails in a way of its own."""
     try:
@@ -78,7 +82,8 @@ def _transformers(config: Any, device: str, dtype: torch.dtype, ids: Tensor) -> 
     from transformers import Mamba2ForCausalLM
 
     with torch.device(device):
-        model: Any = Mamba2ForCausalLM(config.hugging_face()).to(dtype).eval()
+        model: Any = Mamba2ForCausalLM(config.hugging_face())
+    model = model.to(dtype).eval()
     with torch.no_grad():
         kept = model(ids, use_cache=True).cache_params
 
