@@ -81,7 +81,9 @@ class Decoder:
         return logits
 
     def _record(self) -> None:  # pragma: no cover - needs a GPU
-        kept = [[values.clone() for values in part if values is not None] for part in (self.cache.conv, self.cache.state)]
+        kept = [
+            [values.clone() for values in part if values is not None] for part in (self.cache.conv, self.cache.state)
+        ]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -7,6 +7,7 @@ the same weights; the state dict is read as safetensors, or by torch.load with w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def check_finite(model: Any) -> None:
 
 
 def load(model: Any) -> Any:
-    """A Hugging Face Mamba or Mamba2 in eval mode: `model` itself, or out of a folder (or its name on the hub).
+    """A Hugging Face Mamba or Mamba2 in eval mode: `model` itself, or out of a folder, or by its name on the hub.
 
     Raises `InputError` on a model of another kind, a hybrid, one that is quantised already, and a broken folder.
     """
@@ -39,6 +40,8 @@ def load(model: Any) -> Any:
         check_kind(config)
         return model.eval()
     folder = Path(model)
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise InputError(f"expected a model folder, or a name on the hub such as ORGANISATION/NAME, got {str(model)!r}")
     document = read_config(folder) if folder.exists() else None
     if document is not None and "d_model" in document:
         return from_mamba_ssm(document, _state_dict(folder))
