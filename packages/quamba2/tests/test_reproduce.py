@@ -20,7 +20,7 @@ from isotone.shared.errors import InputError
 
 TINY = Scale(
     seeds=(0, 1),
-    trained=2,
+    trained=1,
     recipe=Recipe(layers=1, state=8, steps=2, batch=2, length=32),
     text=30_000,
     names=(*LADDER, "W4A16 per group", "W4A16 + Hadamard + GPTQ"),
@@ -41,7 +41,6 @@ def test_every_claim_at_a_tiny_size(tmp_path, monkeypatch):
     for name in ("scan-ranges", "no-planted-gains-monotone", "planted-gains-removed", "memory-tiny-states"):
         assert found[name]["measured"] is not None and found[name]["held"] is not None, name
     assert found["speed-8b-tpot"]["measured"] is None and found["speed-8b-tpot"]["held"] is None
-    assert found["planted-gains-float"]["measured"] if "planted-gains-float" in found else True
     assert set(report.figures) == {"scan", "profiles", "rows-plain", "rows-planted"}
     path = report.save(tmp_path)
     assert json.loads(path.read_text())["seeds"] == [0, 1]

@@ -35,10 +35,9 @@ def search(best: list[float], path: Path) -> None:
     save(drawing, path)
 
 
-def ladder(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Error of the scan by the scales of x, a dot a seed."""
+def ladder(rows: Sequence[Mapping[str, float]], arms: Sequence[str]) -> Figure:
+    """Error of the scan by the scales of x, a dot a seed, the `arms` in their order."""
     drawing, axes = figure("What the scales of x cost the scan", "", "median error of a channel", size=(7.0, 4.6))
-    arms = [arm for arm in rows[0] if not arm.endswith("whole") and not arm.startswith("BC")]
     for number, arm in enumerate(arms):
         axes.plot([number] * len(rows), [row[arm] for row in rows], "o", color="#0072B2", alpha=0.6)
     axes.set_xticks(range(len(arms)), arms, rotation=35, ha="right")
@@ -69,12 +68,14 @@ def profiles(
     return drawing
 
 
-def rows(found: Sequence[Mapping[str, Mapping[str, float]]], sizes: Mapping[str, int], what: str) -> Figure:
-    """KL to the float model against the bytes of the weights, the mean over seeds of every row."""
+def rows(
+    found: Sequence[Mapping[str, Mapping[str, float]]], sizes: Mapping[str, int], names: Sequence[str], what: str
+) -> Figure:
+    """KL to the float model against the bytes of the weights, the mean over seeds of each row in `names`."""
     drawing, axes = figure(f"KL against bytes, {what}", "bytes of weights over float16's", "KL, nats", size=(7.0, 5.0))
-    for name in [name for name in found[0] if name in sizes and name != "float"]:
+    for number, name in enumerate(names):
         mean = sum(row[name]["kl"] for row in found) / len(found)
-        axes.plot(sizes[name] / sizes["float"], mean, "o" if name.startswith("W") else "s", label=name)
+        axes.plot(sizes[name] / sizes["float"], mean, "os^D"[number // 8], label=name)
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawing

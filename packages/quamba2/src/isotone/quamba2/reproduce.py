@@ -134,7 +134,10 @@ def _scan(setting: Scale, seeds: Sequence[int], log: ArmLog, run: Run) -> tuple[
             for seed in seeds:
                 rows[heads].append(log.arm(f"scan {heads} {seed}", partial(synthetic.ladder, seed, heads)))
                 bar.advance(1, heads=heads, seed=seed)
-    figures = {"scan": plots.ladder(rows[16]), "profiles": _profiles(seeds[0])}
+    figures = {
+        "scan": plots.ladder(rows[16], [arm for arm in claims.WORDS if not arm.startswith("BC")]),
+        "profiles": _profiles(seeds[0]),
+    }
     return claims.scan(rows[16], rows[64], setting.judged), figures
 
 
@@ -159,7 +162,7 @@ def _small(
             found.append(log.arm(f"small {sigma} {seed}", arm))
     premise = [one["premise"] for one in found]
     rows = [one["rows"] for one in found]
-    figures = {f"rows-{'planted' if sigma else 'plain'}": plots.rows(rows, found[0]["bytes"], what)}
+    figures = {f"rows-{'planted' if sigma else 'plain'}": plots.rows(rows, found[0]["bytes"], setting.names, what)}
     return [*claims.premise(what, premise), *claims.ablation(what, rows, setting.judged)], figures
 
 
