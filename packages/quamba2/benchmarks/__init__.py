@@ -1,0 +1,1 @@
+"""Side by side with the plain forms and with torchao: `isotone quamba2 bench`."""
