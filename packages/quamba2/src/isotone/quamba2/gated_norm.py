@@ -36,6 +36,7 @@ def gated_rms_norm(
         step = z_scale if z.dtype == torch.int8 else None
         return triton_kernels.gated_rms_norm(y, z, weight, groups, eps, step)
     if z.dtype == torch.int8:
+        assert z_scale is not None
         gate = z.to(torch.float32) * z_scale
     else:
         gate = z.to(_wide(y))
